@@ -1,0 +1,510 @@
+"""A LLaMA that may think before it says a token: token-level adaptive latent chain-of-thought (arXiv:2602.08220).
+
+Every state has an address (t, k): token t, latent step k. Column k = 0 is the ordinary token. Where a small router finds
+it worth while, the last hidden state is fed back in as the next input, and so the token enters column k + 1.
+What is notable here (§ are sections of METHOD.md):
+* One forward serves training, evaluation, prefill and decoding: each pass appends to one column of the `Cache` and
+  attends to that column and those below it. Training starts with an empty cache and throws it away.
+* Live tokens are packed: a pass computes N rows, one per live token, and nothing for a token that has halted. Only
+  attention sees a (B, A) grid, A the longest row. A halted token leaves no key in the columns that it never reached.
+* The vanilla part is Meta's LLaMA: its weights load into Hugging Face's LlamaForCausalLM unchanged.
+* Router, reach, exit mass, softmax and losses are fp32, also under bf16 autocast.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import checkpoint
+
+FAR = 2**30  # the order of an empty seat: later than every real token, so no real query sees it
+
+
+@dataclass
+class Config:
+    """The shape of a model. Raises ValueError, one line, for a shape that cannot be built."""
+
+    method: str = "adaptive"  # vanilla, adaptive, loop, pause, ponder, ponder2 or mor
+    vocab_size: int = 257  # rows of the embedding and of the head
+    block_size: int = 256  # context length in tokens
+    n_layer: int = 4  # blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # d: width
+    n_ff: int = 344  # width of the SwiGLU
+    rope_theta: float = 10000.0  # base of the rotary angles
+    norm_eps: float = 1e-5  # RMSNorm
+    init_std: float = 0.02  # standard deviation of every weight matrix at the start
+    max_latent: int = 3  # ℓ_max (adaptive), K (the baselines): most latent steps of a token
+    tau: float = 0.1  # τ: a step is executed while its reach is at least this
+    lam: float = 0.0  # λ: weight of the adaptive loss
+    beta: float = 1.0  # β: exponent of the correctness weight q^β
+    router_bias: float = 0.0  # b at the start: reach 1/2, 1/4, 1/8, so that early exits are learnt as fast as late ones
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(f"n_embd {self.n_embd} does not divide into n_head {self.n_head} heads of an even width (RoPE)")
+        if self.max_latent < 0:
+            raise ValueError(f"max_latent is {self.max_latent}, but must be 0 or more")
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"tau is {self.tau}, but must lie in [0, 1]")
+        if not (self.lam >= 0 and self.beta >= 0):
+            raise ValueError(f"lam is {self.lam} and beta is {self.beta}, but neither may be negative")
+
+
+@dataclass
+class Output:
+    """What a forward returns. Shapes: logits (B, T, V); steps, expected_steps (B, T), 0 where no token is; scalars else."""
+
+    logits: Tensor
+    loss: Tensor | None  # ce + λ · ada (§4)
+    ce: Tensor | None  # mean cross-entropy, nats per token
+    ada: Tensor | None  # mean of q^β · Σ_k r[t,k] (§4)
+    steps: Tensor  # executed latent steps
+    expected_steps: Tensor  # Σ_{k≥1} r[t,k], differentiable
+    cache: "Cache | None"
+
+
+@dataclass
+class Generated:
+    """One new token of every row, each (B,): 0 where `live` is false, that is, where the row has ended."""
+
+    token: Tensor
+    prob: Tensor  # what the model gave it, before temperature, top-k and top-p
+    steps: Tensor  # executed latent steps behind it
+    expected_steps: Tensor  # Σ_{k≥1} r[t,k]
+    live: Tensor
+
+
+@dataclass
+class Tokens:
+    """Who the N packed tokens of a pass are. Sorted by row, and within a row by order."""
+
+    pos: Tensor  # (N,) position: turns RoPE
+    order: Tensor  # (N,) causal order: makes the mask; the position, unless a method interleaves
+    row: Tensor  # (N,) batch row
+    seat: Tensor | None  # (N,) seat in the (B, A) grid, flat; None: the grid is full, N = B · A
+    B: int  # rows of the grid
+    A: int  # tokens of the longest row
+    newest: bool  # one token a row came in, so that nothing in the cache is later than these
+
+    def select(self, live: Tensor) -> "tuple[Tokens, Tensor]":
+        """The tokens where live (N,) is true, and their indices (n,). Costs the one host sync of a pass."""
+        count = torch.zeros(self.B, dtype=torch.long, device=live.device).index_add_(0, self.row, live.long())
+        n, longest = torch.stack((count.sum(), count.max())).tolist()
+        index = live.nonzero_static(size=n).squeeze(1)
+        row = self.row[index]
+        rank = torch.arange(n, device=live.device) - (count.cumsum(0) - count)[row]
+        seat = None if n == self.B * longest else row * longest + rank
+        return Tokens(self.pos[index], self.order[index], row, seat, self.B, longest, self.newest), index
+
+    def grid(self, packed: Tensor) -> Tensor:
+        """(N, …) → (B, A, …), zeros on empty seats."""
+        if self.seat is not None:
+            packed = packed.new_zeros(self.B * self.A, *packed.shape[1:]).index_copy(0, self.seat, packed)
+        return packed.view(self.B, self.A, *packed.shape[1:])
+
+    def pack(self, grid: Tensor) -> Tensor:
+        """(B, A, H, hd) → (N, H · hd)."""
+        flat = grid.reshape(self.B * self.A, -1)
+        return flat if self.seat is None else F.embedding(self.seat, flat)  # a gather, with a faster backward than indexing
+
+    def grid_order(self) -> Tensor:
+        """(B, A): the order of each seat, FAR where empty."""
+        if self.seat is None:
+            return self.order.view(self.B, self.A)
+        return self.order.new_full((self.B * self.A,), FAR).index_copy_(0, self.seat, self.order).view(self.B, self.A)
+
+
+class Column:
+    """What the tokens that reached one latent step left: their order (B, S), and per layer their keys and values.
+
+    Without gradients a column that already holds tokens grows in place: buffers of (B, H, capacity, hd), doubled when full,
+    each row filled up to its own count. With gradients a column is written once, by the pass that fills it.
+    """
+
+    def __init__(self) -> None:
+        self.kv: dict[int, tuple[Tensor, Tensor]] = {}  # layer → K, V (B, H, capacity, hd)
+        self.order: Tensor | None = None  # (B, capacity), FAR where empty
+        self.count: Tensor | None = None  # (B,) tokens of each row; None: size tokens in every row
+        self.size = 0  # tokens of the longest row
+
+    def reserve(self, tokens: Tokens) -> None:
+        """Makes room for the tokens of this pass and writes down their order."""
+        self.fresh, self.ragged = self.size == 0, tokens.seat is not None
+        if self.fresh:
+            self.order, self.size = tokens.grid_order(), tokens.A
+            self.count = (self.order < FAR).sum(1) if self.ragged else None
+            return
+        if self.ragged and self.count is None:
+            self.count = torch.full((tokens.B,), self.size, device=tokens.row.device)
+        if self.count is None:
+            self.where = (slice(None), slice(self.size, self.size + tokens.A))
+            self.size += tokens.A
+        else:
+            start = self.count
+            rank = (torch.arange(len(tokens.row), device=start.device) if tokens.seat is None else tokens.seat) % tokens.A
+            self.where = (tokens.row, start[tokens.row] + rank)
+            self.count = start.index_add(0, tokens.row, torch.ones_like(tokens.row))
+            self.size = int(self.count.max())
+        if self.size > self.order.size(1):
+            self.order = _grown(self.order, 1, 2 * self.size, FAR)
+            self.kv = {layer: tuple(_grown(t, 2, 2 * self.size, 0) for t in kv) for layer, kv in self.kv.items()}
+        self.order[self.where] = tokens.order if self.count is not None else tokens.grid_order()
+
+    def put(self, layer: int, tokens: Tokens, k: Tensor, v: Tensor) -> None:
+        """Stores keys and values (B, H, A, hd) of the pass that called reserve."""
+        if self.fresh:
+            self.kv[layer] = (k, v)
+            return
+        for buffer, new in zip(self.kv[layer], (k, v)):
+            rows, seats = self.where
+            if self.count is None:
+                buffer[:, :, seats] = new
+            else:
+                buffer[rows, :, seats] = tokens.pack(new.transpose(1, 2)).view(len(rows), new.size(1), -1)
+
+
+def _grown(t: Tensor, dim: int, size: int, fill: int) -> Tensor:
+    shape = list(t.shape)
+    shape[dim] = size
+    grown = t.new_full(shape, fill)
+    grown.narrow(dim, 0, t.size(dim)).copy_(t)
+    return grown
+
+
+class Cache:
+    """The columns 0 … ℓ_max of a batch, made as they are reached, and the next position of each row."""
+
+    def __init__(self) -> None:
+        self.columns: list[Column] = []
+        self.next_pos: Tensor | None = None  # (B,)
+        self.length = 0  # tokens fed so far, padding included: no row is longer
+
+    def __getitem__(self, k: int) -> Column:
+        while len(self.columns) <= k:
+            self.columns.append(Column())
+        return self.columns[k]
+
+    def upto(self, k: int) -> list[Column]:
+        """Columns 0 … k: all that a query of step k may see (§2)."""
+        return [self[j] for j in range(k + 1)]
+
+    def tokens(self, B: int, T: int, live: Tensor | None, device: torch.device) -> Tokens:
+        """The next T tokens of every row, or of those that are live (B, T), as Tokens; advances the positions."""
+        if self.next_pos is None:
+            self.next_pos = torch.zeros(B, dtype=torch.long, device=device)
+        ahead = torch.arange(T, device=device).expand(B, T) if live is None else live.long().cumsum(1) - 1
+        pos = (self.next_pos[:, None] + ahead).flatten()
+        self.next_pos = self.next_pos + (T if live is None else live.sum(1))
+        self.length += T
+        row = torch.arange(B, device=device).repeat_interleave(T, output_size=B * T)
+        tokens = Tokens(pos, pos, row, None, B, T, T == 1)
+        return tokens if live is None else tokens.select(live.flatten())[0]
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def make_mask(tokens: Tokens, columns: list[Column]) -> Tensor | BlockMask | None:
+    """Who sees whom in a pass (§2): key order ≤ query order, over the given columns; made once, used by every layer.
+
+    None means that no mask is needed: a single fresh column is causal, and the newest token of a row sees all that is there.
+    An empty seat sees everything, so that no softmax is over nothing; nobody reads what it computes.
+    """
+    if len(columns) == 1 and columns[0].fresh:
+        return None
+    if tokens.newest and all(column.count is None for column in columns):
+        return None
+    query, key = tokens.grid_order(), torch.cat([column.order[:, : column.size] for column in columns], 1)
+    if query.is_cuda and torch.is_grad_enabled():
+        return block_mask(query, key)
+    return (key[:, None, None, :] <= query[:, None, :, None])  # (B, 1, A, S)
+
+
+def block_mask(query: Tensor, key: Tensor) -> BlockMask:
+    """The same mask for FlexAttention: query order (B, A), key order (B, S). Here an empty seat sees nothing."""
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (key[b, k] <= query[b, q]) & (query[b, q] < FAR)
+
+    return create_block_mask(mask_mod, query.size(0), None, query.size(1), key.size(1), device=query.device, _compile=query.is_cuda)
+
+
+_flex_attention = torch.compile(flex_attention, dynamic=True)
+
+
+@torch.compiler.disable  # the columns are plain Python: a compiled block breaks here, and its two halves are one graph each
+def attend(q: Tensor, k: Tensor, v: Tensor, layer: int, tokens: Tokens, columns: list[Column], mask) -> Tensor:
+    """Appends k, v to the last column and attends to all of them. The one place that chooses a kernel.
+
+    q, k, v, result: (B, H, A, hd).
+    """
+    columns[-1].put(layer, tokens, k, v)
+    seen = [tuple(t[:, :, : column.size] for t in column.kv[layer]) for column in columns]
+    if len(seen) > 1 and q.size(2) <= 4 and not torch.is_grad_enabled():  # decoding: join the scores, not the keys
+        score = torch.cat([q @ k.mT for k, _ in seen], 3).float() / math.sqrt(q.size(-1))
+        if mask is not None:
+            score = score.masked_fill(~mask, -math.inf)
+        shares = score.softmax(3).to(q.dtype).split([k.size(2) for k, _ in seen], 3)
+        return sum(share @ v for share, (_, v) in zip(shares, seen))
+    k, v = seen[0] if len(seen) == 1 else (torch.cat(ts, 2) for ts in zip(*seen))
+    if isinstance(mask, BlockMask):
+        return _flex_attention(q, k, v, block_mask=mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1)
+
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+class Block(nn.Module):
+    """One layer: attention and SwiGLU, each behind an RMSNorm. wq, wk, wv and w1, w3 are fused here, apart in a state dict."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        d, self.n_head = config.n_embd, config.n_head
+        self.attn_norm = nn.RMSNorm(d, config.norm_eps)
+        self.wqkv = nn.Linear(d, 3 * d, bias=False)
+        self.wo = nn.Linear(d, d, bias=False)
+        self.ffn_norm = nn.RMSNorm(d, config.norm_eps)
+        self.w13 = nn.Linear(d, 2 * config.n_ff, bias=False)  # gate, up
+        self.w2 = nn.Linear(config.n_ff, d, bias=False)  # down
+        self.register_state_dict_post_hook(_split_fused)
+        self.register_load_state_dict_pre_hook(_join_fused)
+
+    def forward(self, x: Tensor, rope: Tensor, layer: int, tokens: Tokens, columns: list[Column], mask) -> Tensor:
+        """x (N, d) → (N, d); rope (2, N, 1, 1, hd / 2)."""
+        qkv = self.wqkv(self.attn_norm(x)).view(len(x), 3, self.n_head, -1)  # (N, 3, H, hd)
+        qk, v = tokens.grid(rotate(qkv[:, :2], rope)), tokens.grid(qkv[:, 2])  # (B, A, 2, H, hd), (B, A, H, hd)
+        q, k, v = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)  # (B, H, A, hd)
+        y = attend(q, k, v, layer, tokens, columns, mask)
+        x = x + self.wo(tokens.pack(y.transpose(1, 2)))
+        gate, up = self.w13(self.ffn_norm(x)).chunk(2, -1)
+        return x + self.w2(F.silu(gate) * up)
+
+
+FUSED = {"wqkv.weight": ("wq", "wk", "wv"), "w13.weight": ("w1", "w3")}
+
+
+def _split_fused(block: Block, state: dict, prefix: str, _) -> None:
+    for fused, names in FUSED.items():
+        for name, part in zip(names, state.pop(prefix + fused).chunk(len(names))):
+            state[f"{prefix}{name}.weight"] = part
+
+
+def _join_fused(block: Block, state: dict, prefix: str, *_) -> None:
+    for fused, names in FUSED.items():
+        names = [f"{prefix}{name}.weight" for name in names]
+        if all(name in state for name in names):
+            state[prefix + fused] = torch.cat([state.pop(name) for name in names])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """RoPE on the two halves of each head, as Hugging Face's LLaMA does. x (N, 2, H, hd), rope (2, N, 1, 1, hd / 2)."""
+    cos, sin = rope
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+class LLaMA(nn.Module):
+    """Vanilla: one pass. Every other method overrides `think`."""
+
+    scale = 1.0  # s: the embedding is multiplied by this (§1)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.max_latent, self.tau, self.lam = config.max_latent, config.tau, config.lam  # dials: may be turned at any time
+        self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+        self.matmul_flops = self.attention_flops = 0  # executed in forwards so far: 2 per multiply-add, matrix products only
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=config.init_std)
+
+    def one_pass(self, z: Tensor, tokens: Tokens, columns: list[Column], layers: range | None = None) -> Tensor:
+        """The stack of blocks, or some layers of it, on z (N, d): appends to the last column, attends to all given.
+
+        Stops before the final norm.
+        """
+        layers = range(self.config.n_layer) if layers is None else layers
+        columns[-1].reserve(tokens)
+        mask = make_mask(tokens, columns)
+        half = self.config.n_embd // self.config.n_head // 2
+        frequency = self.config.rope_theta ** (-torch.arange(half, device=z.device, dtype=torch.float32) / half)
+        angle = tokens.pos[:, None, None, None] * frequency
+        rope = torch.stack((angle.cos(), angle.sin()))
+        for layer in layers:
+            block = self.blocks[layer]
+            if self.checkpointing and torch.is_grad_enabled():
+                z = checkpoint(block, z, rope, layer, tokens, columns, mask, use_reentrant=False)
+            else:
+                z = block(z, rope, layer, tokens, columns, mask)
+        c, keys = self.config, sum(column.size for column in columns)
+        self.matmul_flops += 2 * len(z) * len(layers) * (4 * c.n_embd**2 + 3 * c.n_embd * c.n_ff)
+        self.attention_flops += 4 * tokens.B * tokens.A * keys * c.n_embd * len(layers)
+        return z
+
+    def think(self, x: Tensor, tokens: Tokens, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, d), scaled embeddings → what the head reads (N, d), executed and expected latent steps (N,)."""
+        none = x.new_zeros(len(x), dtype=torch.float32)
+        return self.norm(self.one_pass(x, tokens, [cache[0]])), none, none
+
+    def hidden(self, idx: Tensor, cache: Cache, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tokens]:
+        """Everything but the head: idx (B, T) → h̄ (N, d), steps (N,), expected steps (N,), and who the N are."""
+        if cache.length + idx.size(1) > self.config.block_size:
+            raise ValueError(f"{cache.length} + {idx.size(1)} tokens exceed the context, block_size {self.config.block_size}")
+        tokens = cache.tokens(*idx.shape, live, idx.device)
+        packed = idx.flatten() if live is None else idx[live]
+        return *self.think(self.scale * self.embed(packed), tokens, cache), tokens
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None, live: Tensor | None = None) -> Output:
+        """idx (B, T) continues the rows of cache (none: starts them); targets (B, T), -1 where there is none.
+
+        live (B, T) is false on padding, which may stand anywhere and costs nothing. Raises ValueError past block_size.
+        """
+        B, T = idx.shape
+        h, steps, expected, tokens = self.hidden(idx, Cache() if cache is None else cache, live)
+        logits = self.head(h)
+        self.matmul_flops += 2 * len(h) * h.size(1) * logits.size(1)
+        loss = ce = ada = None
+        if targets is not None:
+            loss, ce, ada = self.loss(logits, targets.flatten() if live is None else targets[live], expected)
+
+        def spread(packed: Tensor) -> Tensor:  # (N, …) → (B, T, …)
+            if live is not None:
+                packed = packed.new_zeros(B * T, *packed.shape[1:]).index_copy(0, live.flatten().nonzero().squeeze(1), packed)
+            return packed.view(B, T, *packed.shape[1:])
+
+        return Output(spread(logits), loss, ce, ada, spread(steps), spread(expected), cache)
+
+    def loss(self, logits: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L = CE + λ · mean_t stopgrad(q_t^β) · Σ_k r[t,k] (§4) over the targets (N,) that are not -1; logits (N, V)."""
+        nats = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
+        real = targets != -1
+        ce = nats.sum() / real.sum()
+        ada = (torch.exp(-self.config.beta * nats.detach()) * expected * real).sum() / real.sum()  # q = exp(-nats)
+        return ce + self.lam * ada, ce, ada
+
+    @contextmanager
+    def dials(self, tau: float | None = None, max_latent: int | None = None):
+        """Runs a trained model with another threshold, or with fewer or more steps than it was trained with."""
+        saved = self.tau, self.max_latent
+        self.tau, self.max_latent = (old if new is None else new for old, new in zip(saved, (tau, max_latent)))
+        try:
+            yield self
+        finally:
+            self.tau, self.max_latent = saved
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor | list[list[int]],
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        tau: float | None = None,
+        max_latent: int | None = None,
+        stop: int | None = None,
+    ) -> Iterator[Generated]:
+        """Continues prompts token by token: idx (B, T), or B lists of any lengths. Each row halts on its own.
+
+        temperature 0 takes the likeliest token. A row ends with the token `stop`, and costs nothing from then on. A prompt
+        longer than the context keeps its end; a context that is full goes on from its last half. Raises ValueError.
+        """
+        rows = [list(row) for row in (idx.tolist() if isinstance(idx, Tensor) else idx)]
+        if not rows or not all(rows):
+            raise ValueError("a prompt holds no token, but generation continues at least one")
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: want >= 0, >= 1 and in (0, 1]")
+        device, context = self.embed.weight.device, self.config.block_size
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        running, cache, window = torch.ones(len(rows), dtype=torch.bool), Cache(), context
+        for _ in range(max_new_tokens):
+            if cache.length == 0 or cache.length == context:
+                fed = [row[-window:] if run else [] for row, run in zip(rows, running.tolist())]
+                cache, window = Cache(), max(1, context // 2)
+            else:
+                fed = [row[-1:] if run else [] for row, run in zip(rows, running.tolist())]
+            T = max(map(len, fed))
+            tokens = torch.tensor([row + [0] * (T - len(row)) for row in fed], device=device)
+            live = None if all(len(row) == T for row in fed) else torch.tensor([[t < len(row) for t in range(T)] for row in fed], device=device)
+            with self.dials(tau, max_latent):
+                h, steps, expected, who = self.hidden(tokens, cache, live)
+            last = F.pad(who.row[1:] != who.row[:-1], (0, 1), value=True)  # the newest token of each running row
+            logits = self.head(h[last]).float()
+            self.matmul_flops += 2 * len(logits) * h.size(1) * logits.size(1)
+            token = sample(logits, temperature, top_k, top_p, generator)
+            prob = logits.softmax(1).gather(1, token[:, None]).squeeze(1)
+
+            def spread(packed: Tensor) -> Tensor:  # (rows that run,) → (B,)
+                return packed.new_zeros(len(rows)).index_copy(0, who.row[last], packed)
+
+            yield Generated(spread(token), spread(prob), spread(steps[last]), spread(expected[last]), running.to(device))
+            for row, new, run in zip(rows, spread(token).tolist(), running.tolist()):
+                if run:
+                    row.append(new)
+            if stop is not None:
+                running = running & torch.tensor([row[-1] != stop for row in rows])
+                if not running.any():
+                    return
+
+
+def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
+    """One token (B,) from each row of logits (B, V): temperature, then top-k, then nucleus (top-p)."""
+    if temperature == 0:
+        return logits.argmax(1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.size(1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    if top_p is not None and top_p < 1:
+        sorted_logits, order = logits.sort(1, descending=True)
+        before = sorted_logits.softmax(1).cumsum(1) - sorted_logits.softmax(1)  # mass of the likelier tokens
+        logits = logits.scatter(1, order, sorted_logits.masked_fill(before >= top_p, -math.inf))
+    return torch.multinomial(logits.softmax(1), 1, generator=generator).squeeze(1)
+
+
+class AdaptiveLatentCoT(LLaMA):
+    """The method: each token thinks for as long as its router wants to (§1 to §4)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.scale = math.sqrt(2.5 * config.n_embd) if config.max_latent else 1.0  # about unit RMS, as the final norm's output
+        self.router = nn.Linear(config.n_embd, 1)
+        nn.init.zeros_(self.router.weight)
+        nn.init.constant_(self.router.bias, config.router_bias)
+
+    def think(self, x: Tensor, tokens: Tokens, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
+        z, index = x, torch.arange(len(x), device=x.device)  # the live tokens' inputs, and which of the N they are
+        reach = torch.ones(len(x), device=x.device)  # r[t,k]
+        mixture = torch.zeros(x.shape, device=x.device)  # h̄[t]
+        steps, expected = torch.zeros_like(reach), torch.zeros_like(reach)
+        for k in range(self.max_latent + 1):
+            h = self.norm(self.one_pass(z, tokens, cache.upto(k)))  # h[t,k] (n, d)
+            with torch.autocast(h.device.type, enabled=False):
+                gate = torch.sigmoid(self.router(h.float())).squeeze(1)  # g[t,k]
+            self.matmul_flops += 2 * h.numel()
+            onward = reach * gate  # r[t,k+1]
+            live = (onward >= self.tau) & (k < self.max_latent)
+            onward = onward.where(live, 0)  # the last executed step takes all that is left
+            mixture.index_add_(0, index, (reach - onward)[:, None] * h.float())  # h̄ += p[t,k] · h[t,k]
+            tokens, chosen = tokens.select(live)
+            if len(chosen) == 0:
+                break
+            z, reach, index = F.embedding(chosen, h), onward[chosen], index[chosen]  # z[t,k+1] = h[t,k]
+            steps.index_add_(0, index, torch.ones_like(reach))
+            expected = expected.index_add(0, index, reach)
+        return mixture, steps, expected

@@ -1,0 +1,365 @@
+"""The invariants of the model: gathered ≡ dense, decoding ≡ parallel ≡ chunked, causality, independence of rows, vanilla ≡ LLaMA."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_module
+from baselines import METHODS, build
+from model import FAR, AdaptiveLatentCoT, Cache, Config, Tokens, block_mask, flex_attention, make_mask
+
+EXACT = [name for name in METHODS if name != "ponder2"]  # ponder2 in parallel is Jacobi's approximation of its decoding
+
+
+def make(method="adaptive", seed=0, **settings):
+    """A small model with weights large enough that tokens differ, and a router that halts them unevenly."""
+    torch.manual_seed(seed)
+    shape = dict(n_layer=3, n_head=4, n_embd=32, n_ff=48, vocab_size=61, block_size=64, router_bias=0.5, tau=0.25)
+    model = build(Config(method=method, **(shape | settings))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.15)
+    if method == "adaptive":
+        torch.nn.init.normal_(model.router.weight, std=0.3)
+    return model
+
+
+def text(B=3, T=40, seed=1):
+    return torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------- an independent LLaMA of a few lines, from a state dict
+
+
+def reference_stack(state, config, z, pos, see, past=()):
+    """z (B, T, d) through the blocks; see (B, T, S) masks the keys of past passes and of this one. Returns h and this pass's keys."""
+    B, T, d = z.shape
+    hd = d // config.n_head
+    angle = pos[:, None] / config.rope_theta ** (torch.arange(0, hd, 2) / hd)
+    cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * state[name]
+
+    def turn(x):
+        return x * cos[:, None] + torch.cat((-x[..., hd // 2 :], x[..., : hd // 2]), -1) * sin[:, None]
+
+    kept = []
+    for i in range(config.n_layer):
+        w = {name: state[f"blocks.{i}.{name}.weight"] for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3")}
+        x = norm(z, f"blocks.{i}.attn_norm.weight")
+        q, k, v = (t(x @ w[name].T.contiguous()) for t, name in ((lambda y: turn(y.view(B, T, -1, hd)), "wq"), (lambda y: turn(y.view(B, T, -1, hd)), "wk"), (lambda y: y.view(B, T, -1, hd), "wv")))
+        kept.append((k, v))
+        k, v = (torch.cat([*(p[i][j] for p in past), (k, v)[j]], 1) for j in (0, 1))
+        score = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(hd)
+        share = score.masked_fill(~see[:, None], -math.inf).softmax(-1)
+        z = z + torch.einsum("bhqk,bkhd->bqhd", share, v).reshape(B, T, d) @ w["wo"].T
+        x = norm(z, f"blocks.{i}.ffn_norm.weight")
+        z = z + (F.silu(x @ w["w1"].T) * (x @ w["w3"].T)) @ w["w2"].T
+    return norm(z, "norm.weight"), kept
+
+
+def reference_adaptive(model, state, idx, tau):
+    """Every (t, k) is computed; the mask alone says who was executed. Returns logits, steps and expected steps."""
+    c, (B, T) = model.config, idx.shape
+    pos, causal = torch.arange(T), torch.ones(T, T, dtype=torch.bool).tril()
+    z, reach, executed = model.scale * state["embed.weight"][idx], torch.ones(B, T), torch.ones(B, T, dtype=torch.bool)
+    mixture, steps, expected, past, seen = 0, torch.zeros(B, T), torch.zeros(B, T), [], []
+    for k in range(c.max_latent + 1):
+        mine = executed[:, None, :] & causal | torch.eye(T, dtype=torch.bool)  # a halted query sees itself, so that nothing is NaN
+        seen.append(executed[:, None, :] & causal)
+        h, kept = reference_stack(state, c, z, pos, torch.cat([*seen[:-1], mine], 2), past)
+        past.append(kept)
+        onward = reach * torch.sigmoid(h @ state["router.weight"][0] + state["router.bias"])
+        further = executed & (onward >= tau) & (k < c.max_latent)
+        mass = torch.where(executed, torch.where(further, reach - onward, reach), 0.0)
+        mixture = mixture + mass[..., None] * h
+        reach, executed, z = torch.where(further, onward, 0.0), further, h
+        steps, expected = steps + further, expected + reach
+    return mixture @ state["head.weight"].T, steps, expected
+
+
+def test_vanilla_is_llama():
+    model, idx = make("vanilla"), text()
+    causal = torch.ones(40, 40, dtype=torch.bool).tril().expand(3, 40, 40)
+    state = model.state_dict()
+    h, _ = reference_stack(state, model.config, state["embed.weight"][idx], torch.arange(40), causal)
+    torch.testing.assert_close(model(idx).logits, h @ state["head.weight"].T, atol=1e-5, rtol=1e-5)
+
+
+def test_vanilla_is_hugging_face_llama():
+    transformers = pytest.importorskip("transformers")
+    model, idx = make("vanilla"), text()
+    c = model.config
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ff, num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        max_position_embeddings=c.block_size, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, tie_word_embeddings=False)).eval()
+    names = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "blocks": "model.layers", "attn_norm": "input_layernorm",
+             "ffn_norm": "post_attention_layernorm", "wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj",
+             "wo": "self_attn.o_proj", "w1": "mlp.gate_proj", "w2": "mlp.down_proj", "w3": "mlp.up_proj"}
+    theirs.load_state_dict({".".join(names.get(part, part) for part in name.split(".")): value for name, value in model.state_dict().items()})
+    torch.testing.assert_close(model(idx).logits, theirs(idx).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_max_latent_0_is_vanilla():
+    vanilla, adaptive = make("vanilla"), make(max_latent=0)
+    adaptive.load_state_dict(vanilla.state_dict(), strict=False)
+    torch.testing.assert_close(adaptive(text()).logits, vanilla(text()).logits)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("tau", [0.0, 0.2, 0.4, 0.6])
+def test_gathered_is_dense_masked(seed, tau):
+    """Forward, loss and every gradient, against an implementation that computes all states and only masks."""
+    model, idx, targets = make(seed=seed, tau=tau, lam=0.3), text(seed=seed), text(seed=seed + 50)
+    out = model(idx, targets)
+    out.loss.backward()
+    state = {name: value.clone().requires_grad_() for name, value in model.state_dict().items()}
+    logits, steps, expected = reference_adaptive(model, state, idx, tau)
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    loss = nats.mean() + 0.3 * (torch.exp(-nats.detach()) * expected.flatten()).mean()
+    grads = dict(zip(state, torch.autograd.grad(loss, list(state.values()))))
+    assert torch.equal(out.steps, steps) and 0 < steps.mean() < 3 or tau == 0
+    torch.testing.assert_close(out.logits, logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out.expected_steps, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.loss, loss, atol=1e-5, rtol=1e-5)
+    mine = dict(model.named_parameters())
+    for i in range(3):
+        torch.testing.assert_close(mine[f"blocks.{i}.wqkv.weight"].grad, torch.cat([grads[f"blocks.{i}.w{n}.weight"] for n in "qkv"]), atol=2e-5, rtol=1e-3)
+        torch.testing.assert_close(mine[f"blocks.{i}.w13.weight"].grad, torch.cat([grads[f"blocks.{i}.w{n}.weight"] for n in "13"]), atol=2e-5, rtol=1e-3)
+    for name in set(mine) & set(grads):
+        torch.testing.assert_close(mine[name].grad, grads[name], atol=2e-5, rtol=1e-3, msg=lambda m: f"{name}: {m}")
+
+
+# -------------------------------------------------------------------------------------- one forward for everything
+
+
+@torch.no_grad()
+def in_chunks(model, idx, sizes, cache=None):
+    cache, outs, t = cache or Cache(), [], 0
+    while t < idx.size(1):
+        n = sizes[len(outs) % len(sizes)]
+        outs.append(model(idx[:, t : t + n], cache=cache))
+        t += n
+    return torch.cat([o.logits for o in outs], 1), torch.cat([o.steps for o in outs], 1), cache
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("sizes", [[1], [7], [13, 1, 2, 5]])
+def test_decoding_is_parallel(method, sizes):
+    model, idx = make(method), text()
+    with torch.no_grad():
+        whole = model(idx)
+    logits, steps, _ = in_chunks(model, idx, sizes)
+    torch.testing.assert_close(logits, whole.logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(steps, whole.steps)
+
+
+def test_ponder2_jacobi_approaches_its_decoding():
+    """With weights of a normal size the approximation is close, and it is exact for the first two tokens."""
+    torch.manual_seed(0)
+    model, idx = build(Config(method="ponder2", n_layer=3, n_embd=32, n_ff=48, vocab_size=61, max_latent=1)).eval(), text()
+    with torch.no_grad():
+        parallel = model(idx).logits
+    decoded, _, _ = in_chunks(model, idx, [1])
+    torch.testing.assert_close(parallel[:, :2], decoded[:, :2], atol=1e-5, rtol=1e-5)
+    assert (parallel - decoded).abs().max() < 0.05 * decoded.std()
+
+
+def test_cache_holds_no_key_of_halted_tokens():
+    model, idx = make(), text()
+    _, steps, cache = in_chunks(model, idx, [1])
+    for k, column in enumerate(cache.columns):
+        held = (column.order < FAR).sum(1)
+        assert torch.equal(held, (steps >= k).sum(1))
+        for row in range(3):  # in order, and at the front
+            assert torch.equal(column.order[row, : held[row]], (steps[row] >= k).nonzero().squeeze(1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_later_tokens_change_nothing_before_them(method):
+    model, idx = make(method), text()
+    other = idx.clone()
+    other[:, 20:] = text(seed=9)[:, 20:]
+    with torch.no_grad():
+        a, b = model(idx), model(other)
+    torch.testing.assert_close(a.logits[:, :20], b.logits[:, :20], atol=1e-5, rtol=1e-5)
+    assert torch.equal(a.steps[:, :20], b.steps[:, :20])
+    assert not torch.allclose(a.logits[:, 20:], b.logits[:, 20:], atol=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_are_independent_of_neighbours_and_padding(method):
+    model, idx = make(method), text()
+    live = torch.ones(3, 40, dtype=torch.bool)
+    live[0, 25:], live[2, 11:] = False, False
+    with torch.no_grad():
+        together = model(idx, live=live)
+        for row, n in enumerate(live.sum(1).tolist()):
+            alone = model(idx[row : row + 1, :n])
+            torch.testing.assert_close(together.logits[row, :n], alone.logits[0], atol=1e-5, rtol=1e-5)
+            assert torch.equal(together.steps[row, :n], alone.steps[0]) and not together.logits[row, n:].any()
+
+
+def test_exit_mass_sums_to_one_and_reach_never_grows(monkeypatch):
+    """With the norm's output replaced by ones, h̄ is Σ_k p[t,k]; every pass's reach is read off the router."""
+    model, idx, gates = make(), text(), []
+    hook = model.router.register_forward_hook(lambda module, inputs, output: gates.append(torch.sigmoid(output)))
+    model.norm.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))
+    torch.nn.init.normal_(model.router.bias)
+    with torch.no_grad():
+        h, steps, expected, _ = model.hidden(idx, Cache())
+    torch.testing.assert_close(h, torch.ones_like(h))
+    assert steps.max() <= model.max_latent and (expected <= steps + 1e-6).all() and all(((g > 0) & (g < 1)).all() for g in gates)
+    hook.remove()
+
+
+@pytest.mark.parametrize("tau,max_latent", [(0.0, 3), (1.0, 3), (0.0, 5), (0.0, 1), (0.4, 3)])
+def test_dials(tau, max_latent):
+    model, idx = make(), text()
+    with torch.no_grad(), model.dials(tau, max_latent):
+        out = model(idx)
+    assert out.steps.max() <= max_latent and model.tau == 0.25 and model.max_latent == 3
+    if tau in (0.0, 1.0):
+        assert (out.steps == (max_latent if tau == 0 else 0)).all()
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_of_unequal_prompts_generates_what_each_prompt_would(method):
+    model, prompts = make(method), [[1, 2, 3, 4, 5, 6, 7], [8], [9, 10, 11]]
+    if method == "ponder2":  # so that prefill is decoding, too
+        prompts = [[1], [8], [9]]
+    together = list(model.generate(prompts, 12, temperature=0))
+    for row, prompt in enumerate(prompts):
+        for a, b in zip(together, model.generate([prompt], 12, temperature=0)):
+            assert a.token[row] == b.token[0] and a.steps[row] == b.steps[0]
+            torch.testing.assert_close(a.prob[row], b.prob[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_ends_at_its_stop_token_and_costs_nothing_more():
+    model = make()
+    stop = next(iter(model.generate([[1, 2, 3]], 1, temperature=0))).token.item()
+    tokens = list(model.generate([[1, 2, 3], [5, 6]], 8, temperature=0, stop=stop))
+    assert tokens[0].live.tolist() == [True, True] and not any(g.live[0] or g.token[0] or g.steps[0] for g in tokens[1:])
+    alone = [g.token.item() for g in model.generate([[5, 6]], 8, temperature=0, stop=stop)]
+    assert [g.token[1].item() for g in tokens] == alone
+
+
+def test_generation_outlives_the_context_and_keeps_the_end_of_a_long_prompt():
+    model, prompt = make(block_size=16), text(1, 50)[0].tolist()
+    assert [g.token.item() for g in model.generate([prompt], 30, temperature=0)] == [g.token.item() for g in model.generate([prompt[-16:]], 30, temperature=0)]
+
+
+def test_sampling():
+    model = make()
+    with torch.no_grad():
+        prob = model(torch.tensor([[1, 2, 3]])).logits[0, -1].softmax(0)
+    likely = set(prob.topk(5).indices.tolist())
+    nucleus = set(prob.argsort(descending=True)[: int((prob.sort(descending=True).values.cumsum(0) < 0.6).sum()) + 1].tolist())
+    draws = lambda **kw: [next(iter(model.generate([[1, 2, 3]], 1, seed=s, **kw))).token.item() for s in range(60)]
+    assert draws() == draws() and len(set(draws())) > 5
+    assert set(draws(top_k=5)) <= likely and set(draws(top_p=0.6)) <= nucleus and len(set(draws(top_k=5))) > 1
+    assert set(draws(top_k=1)) == {prob.argmax().item()}
+
+
+@pytest.mark.parametrize("arguments", [dict(idx=[[]]), dict(idx=[]), dict(idx=[[1]], temperature=-1), dict(idx=[[1]], top_p=0.0), dict(idx=[[1]], top_k=0)])
+def test_generation_refuses(arguments):
+    with pytest.raises(ValueError):
+        list(make().generate(max_new_tokens=2, **arguments))
+
+
+# ------------------------------------------------------------------------------------ what changes no number, and shape
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_changes_no_number(method):
+    results = []
+    for checkpointing in (False, True):
+        model = make(method).train()
+        model.checkpointing = checkpointing
+        torch.manual_seed(0)
+        model(text(), text(seed=5)).loss.backward()
+        results.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_block_mask_is_the_dense_mask():
+    """FlexAttention's mask, on CPU, against the boolean one that SDPA gets, and the kernels' results on real queries."""
+    model, idx = make(), text(2, 40)
+    seen = []
+    original = model_module.make_mask
+    try:
+        model_module.make_mask = lambda tokens, columns: seen.append((tokens, list(columns), original(tokens, columns))) or seen[-1][2]
+        with torch.no_grad():
+            model(idx)
+    finally:
+        model_module.make_mask = original
+    assert len(seen) > 2
+    for tokens, columns, mask in seen[1:]:
+        query, key = tokens.grid_order(), torch.cat([c.order[:, : c.size] for c in columns], 1)
+        q, k, v = torch.randn(2, 4, query.size(1), 8), torch.randn(2, 4, key.size(1), 8), torch.randn(2, 4, key.size(1), 8)
+        flex = flex_attention(q, k, v, block_mask=block_mask(query, key))
+        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        real = (query < FAR)[:, None, :, None].expand_as(flex)
+        torch.testing.assert_close(flex[real], dense[real], atol=1e-5, rtol=1e-5)
+        assert not flex[~real].any()
+
+
+def test_state_dict_has_metas_names_and_round_trips():
+    model, other = make(), make(seed=7)
+    names = set(model.state_dict())
+    assert names == {"embed.weight", "norm.weight", "head.weight", "router.weight", "router.bias"} | {
+        f"blocks.{i}.{n}.weight" for i in range(3) for n in ("attn_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w1", "w2", "w3")}
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(text()).logits, other(text()).logits)
+    with pytest.raises(RuntimeError):
+        other.load_state_dict({k: v for k, v in model.state_dict().items() if "wk" not in k})
+
+
+@pytest.mark.parametrize("settings", [dict(n_embd=30), dict(tau=1.5), dict(tau=-0.1), dict(n_layer=0), dict(max_latent=-1), dict(lam=-1.0), dict(tau=math.nan)])
+def test_config_refuses(settings):
+    with pytest.raises(ValueError):
+        Config(**settings)
+
+
+def test_a_method_that_does_not_exist():
+    with pytest.raises(ValueError, match="vanilla, adaptive"):
+        build(Config(method="vanila"))
+
+
+def test_longer_than_the_context():
+    with pytest.raises(ValueError, match="block_size 64"):
+        make()(text(1, 65))
+    cache = Cache()
+    with torch.no_grad():
+        make()(text(1, 60), cache=cache)
+        with pytest.raises(ValueError, match="60 \\+ 5"):
+            make()(text(1, 5), cache=cache)
+
+
+def test_padding_targets_do_not_count():
+    model, idx, targets = make(), text(), text(seed=3)
+    targets[:, 30:] = -1
+    with torch.no_grad():
+        out = model(idx, targets)
+    want = F.cross_entropy(out.logits[:, :30].flatten(0, 1), targets[:, :30].flatten())
+    torch.testing.assert_close(out.ce, want)
+
+
+def test_compiled_blocks_change_no_number():
+    model, idx, targets = make(), text(), text(seed=3)
+    model(idx, targets).loss.backward()
+    eager = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for block in model.blocks:
+        block.compile(dynamic=True, backend="aot_eager")
+    model(idx, targets).loss.backward()
+    for a, p in zip(eager, model.parameters()):
+        torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-4)
+    assert set(model.state_dict()) == set(make().state_dict())
