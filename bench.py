@@ -1,0 +1,526 @@
+"""What a thought costs and what it buys: every method side by side, in one run, by one script.
+
+    python bench.py flops                      counted on the executed graph, and by formula
+    python bench.py flops config/410m.py       by formula alone: too big to execute here
+    python bench.py speed                      training, prefill and decoding; time ratio against FLOP ratio
+    python bench.py quality --seeds=3 --jobs=2 --plot
+
+What is notable here:
+* FLOPs are counted, not assumed: halted tokens are absent from what torch.utils.flop_counter sees. The closed formula is in
+  the docstring of `formula`, and a test holds the two equal.
+* Speed alternates the methods round by round and quotes medians, so that a machine that drifts favours nobody. MFU is
+  against the roof that the same run measured with a large matrix product.
+* Quality trains every method on the same batches from the same seeds. Finished runs are read back from results/.
+"""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from tqdm import tqdm
+
+from baselines import METHODS, build
+from configurator import BadInput, configure, run
+from model import AdaptiveLatentCoT, Cache, Config, LLaMA
+from train import Train, autocast, load_checkpoint, make_optimizer, measure_roof, pick_device, train, training_flops
+
+
+@dataclass
+class Bench(Train):
+    what: str = ""  # flops, speed or quality
+    methods: list[str] = field(default_factory=lambda: list(METHODS))  # which of the methods
+    checkpoint: str = ""  # flops: take the mean latent steps of this trained model
+    mean_latent: float = 1.5  # flops, speed: mean latent steps that adaptive is forced to where no checkpoint is given
+    batch: int = 0  # flops, speed: sequences at once; 0: 4 on CPU, 8 on CUDA
+    rounds: int = 7  # speed: rounds, each of which times every method once
+    seeds: int = 1  # quality: runs of each, from seed, seed + 1, …
+    parts: list[str] = field(default_factory=lambda: ["rates", "tokens", "flops", "pareto"])  # quality: which of its tables
+    rates: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 4e-3])  # quality: learning rates, of which each method gets its best
+    budgets: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])  # quality: budgets of adaptive in the Pareto table
+    jobs: int = 1  # quality: runs at once, which share the cores
+    plot: bool = False  # quality: also draw loss against FLOPs, as SVG and PNG (matplotlib)
+    results: str = "results"  # folder for the JSON
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.what not in ("flops", "speed", "quality"):
+            raise ValueError(f"what to measure is {self.what!r}, but must be flops, speed or quality")
+        for name in self.methods:
+            if name not in METHODS:
+                raise ValueError(f"--methods holds {name!r}, but must hold some of {', '.join(METHODS)}")
+        if not 0 <= self.mean_latent <= self.max_latent:
+            raise ValueError(f"mean_latent is {self.mean_latent}, but must lie between 0 and max_latent {self.max_latent}")
+        if not set(self.parts) <= {"rates", "tokens", "flops", "pareto"} or min(self.seeds, self.jobs, self.rounds) < 1:
+            raise ValueError("parts must be among rates, tokens, flops and pareto; seeds, jobs and rounds at least 1")
+
+
+def about() -> dict:
+    """Machine, versions and commit that a result belongs to."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
+    return {"machine": machine, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, its columns aligned."""
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    line = lambda row: "| " + " | ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths))) + " |"
+    return "\n".join([line(head), "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|", *map(line, rows)])
+
+
+# ---------------------------------------------------------------------------------------------------- forced routers
+
+
+def going_on(mean: float, most: int) -> float:
+    """q with q + q² + … + q^most = mean: each step is gone on from with this probability."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        q = (low + high) / 2
+        low, high = (q, high) if sum(q**k for k in range(1, most + 1)) < mean else (low, q)
+    return high
+
+
+class ForcedRouter(nn.Module):
+    """Lets a share q of the tokens of each pass go on, drawn at random, whatever they are: to measure cost at a known mean."""
+
+    def __init__(self, router: nn.Linear, q: float) -> None:
+        super().__init__()
+        self.router, self.q = router, q
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, h: Tensor) -> Tensor:
+        count = round(self.q * len(h))
+        chosen = torch.randperm(len(h), generator=self.generator)[:count].to(h.device)
+        force = torch.full((len(h), 1), -30.0, device=h.device).index_fill_(0, chosen, 30.0)
+        return self.router(h) * 0 + force
+
+
+def make(config: Config, device: torch.device | str, mean_latent: float | None = None) -> LLaMA:
+    """A model of config.method; adaptive is forced to mean_latent steps, unless that is None."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = build(config)
+    if isinstance(model, AdaptiveLatentCoT) and mean_latent is not None:
+        model.router = ForcedRouter(model.router, going_on(mean_latent, config.max_latent))
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------- FLOPs
+
+
+def formula(config: Config, B: int, T: int, reached: list[tuple[int, int]], rounds: int = 2) -> tuple[int, int]:
+    """Forward FLOPs of B rows of T tokens from an empty cache, (matrix products, attention); 2 per multiply-add.
+
+    With d width, f SwiGLU width, L blocks, V vocabulary, N = B · T, a pass of n tokens whose longest row has A, over S keys a row:
+
+        block(n, L) = 2 n L (4 d² + 3 d f)        attention(A, S, L) = 4 B A S d L        head(n) = 2 n d V
+
+    vanilla   block(N, L) + head(N);  attention(T, T, L)
+    adaptive  Σ_k block(n_k, L) + 2 n_k d (router) + head(N);  Σ_k attention(A_k, Σ_{j≤k} A_j, L), over the (n_k, A_k) in `reached`
+    loop      K + 1 times vanilla's block and attention, one head
+    pause     block((K + 1) N, L) + head(N);  attention((K + 1) T, (K + 1) T, L)
+    ponder    as loop, with K more heads and K products with the embedding table, as costly as a head
+    ponder2   passes of 1 … K columns, `rounds` Jacobi rounds and the last pass of K + 1: Σ block(c N, L), attention(c T, c T, L)
+    mor       block(N, 2) + 2 N d (K + 1) (router) + Σ_r block(n_r, L − 2) + head(N);  the same with attention(A_r, A_r, L − 2)
+
+    Attention counts the whole A × S rectangle, as torch's counter does, though a causal kernel skips half of it. Training costs
+    3 × the products and 3.5 × attention (its fused backward recomputes the scores). Left out: everything that is no product.
+    """
+    c, K, N = config, config.max_latent, B * T
+    block = lambda n, layers=c.n_layer: 2 * n * layers * (4 * c.n_embd**2 + 3 * c.n_embd * c.n_ff)
+    attention = lambda A, S, layers=c.n_layer: 4 * B * A * S * c.n_embd * layers
+    head = 2 * N * c.n_embd * c.vocab_size
+    if c.method == "vanilla":
+        return block(N) + head, attention(T, T)
+    if c.method == "adaptive":
+        keys = [sum(A for _, A in reached[: k + 1]) for k in range(len(reached))]
+        return sum(block(n) + 2 * n * c.n_embd for n, _ in reached) + head, sum(attention(A, S) for (_, A), S in zip(reached, keys))
+    if c.method == "loop":
+        return (K + 1) * block(N) + head, (K + 1) * attention(T, T)
+    if c.method == "pause":
+        return block((K + 1) * N) + head, attention((K + 1) * T, (K + 1) * T)
+    if c.method == "ponder":
+        return (K + 1) * block(N) + (1 + 2 * K) * head, (K + 1) * attention(T, T)
+    if c.method == "ponder2":
+        columns = [*range(1, K + 1), *[K + 1] * (rounds if K else 0), K + 1]
+        return sum(block(n * N) for n in columns) + head, sum(attention(n * T, n * T) for n in columns)
+    outer, inner = block(N, 2) + 2 * N * c.n_embd * (K + 1), sum(block(n, c.n_layer - 2) for n, _ in reached)
+    return outer + inner + head, attention(T, T, 2) + sum(attention(A, A, c.n_layer - 2) for _, A in reached)
+
+
+def reached_of(model: LLaMA, cache: Cache) -> list[tuple[int, int]]:
+    """The (tokens, longest row) of each pass that filled a cache: latent steps of adaptive, recursions of mor."""
+    columns = cache.columns[1:-1] if model.config.method == "mor" else cache.columns
+    return [(int((column.order < 2**30).sum()), column.size) for column in columns if column.size]
+
+
+def counted(model: LLaMA, idx: Tensor, targets: Tensor) -> tuple[int, list[tuple[int, int]]]:
+    """FLOPs of forward and backward as torch.utils.flop_counter sees them executed, and the passes behind them."""
+    aten = torch.ops.aten
+    cpu = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v),
+           aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, out_shape=None, **__: sdpa_backward_flop_count(grad, q, k, v)}
+    cache = Cache()
+    with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
+        model(idx, targets, cache).loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops(), reached_of(model, cache)
+
+
+def expected_passes(config: Config, T: int, B: int, mean_latent: float) -> list[tuple[int, int]]:
+    """What `reached` would be at a mean of latent steps, without executing anything; rows are taken as equally long."""
+    if config.method == "mor":
+        return [(round(B * T * (config.max_latent + 1 - r) / (config.max_latent + 1)), round(T * (config.max_latent + 1 - r) / (config.max_latent + 1)))
+                for r in range(config.max_latent + 1)]  # balanced: as many tokens at every depth
+    q = going_on(mean_latent, config.max_latent)
+    return [(round(B * T * q**k), round(T * q**k)) for k in range(config.max_latent + 1) if round(T * q**k)]
+
+
+def bench_flops(bench: Bench) -> None:
+    mean = bench.mean_latent
+    if bench.checkpoint:
+        model, _, _ = load_checkpoint(bench.checkpoint)
+        bench = replace(bench, **{f.name: getattr(model.config, f.name) for f in fields(Config)})
+        steps = [json.loads(line)["val_steps"] for line in (Path(bench.checkpoint) / "log.jsonl").read_text().splitlines() if "val_steps" in line]
+        mean = steps[-1]
+    vocab_size = bench.vocab_size or 257
+    B, T, records = bench.batch or 4, bench.block_size, {}
+    small = bench.n_layer * bench.n_embd**2 < 4e6
+    for name in bench.methods:
+        config = replace(bench.model_config(vocab_size), method=name, max_latent=1 if name == "ponder2" else bench.max_latent)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build(config).parameters())
+        record = {"parameters": parameters}
+        reached, rounds = expected_passes(config, T, B, mean), 2.5
+        if small:
+            model = make(config, "cpu", mean).eval()  # in eval mode ponder2 takes 3 rounds
+            idx, targets = (torch.randint(0, vocab_size, (B, T)) for _ in range(2))
+            total, reached = counted(model, idx, targets)
+            rounds = 3
+            matmul, attention = formula(config, B, T, reached, rounds)
+            record |= {"counted": total / B / T, "counted_equals_formula": total == 3 * matmul + 3.5 * attention}
+        low, high = (formula(config, B, T, reached, math.floor(rounds)), formula(config, B, T, reached, math.ceil(rounds)))
+        matmul, attention = ((a + b) / 2 for a, b in zip(low, high))
+        blocks = config.n_layer * (4 * config.n_embd**2 + 3 * config.n_embd * config.n_ff)
+        passes = (matmul - formula(replace(config, method="vanilla"), B, T, [])[0]) / (2 * B * T * blocks) + 1
+        context = sum(A for _, A in reached) or T
+        decode_passes = passes if name != "ponder2" else config.max_latent + 1
+        record |= {"training": (3 * matmul + 3.5 * attention) / B / T, "prefill": (matmul + attention) / B / T, "passes": passes,
+                   "decode": decode_passes * (2 * blocks + 4 * config.n_layer * config.n_embd * context) + 2 * config.n_embd * vocab_size,
+                   "estimate": 6 * parameters * passes}
+        records[name] = record
+    vanilla = records.get("vanilla", {}).get("training")
+    print(table(["method", "parameters", "passes", "training / token", "× vanilla", "counted = formula", "6 N passes", "prefill / token", "decode / token"],
+                [[name, f"{r['parameters']:,}", f"{r['passes']:.2f}", f"{r['training']:.4g}", f"{r['training'] / vanilla:.2f}" if vanilla else "",
+                  {True: "yes", False: "NO"}.get(r.get("counted_equals_formula"), "by formula"), f"{r['estimate']:.4g}", f"{r['prefill']:.4g}", f"{r['decode']:.4g}"]
+                 for name, r in records.items()]))
+    print(f"\nFLOPs per token at context {T}; adaptive at {mean:.2f} mean latent steps; decode: one token at a full context"
+          + ("" if small else "; this shape is too big to execute here: all by formula, shapes on the meta device"))
+    write_json(Path(bench.results) / f"flops-{bench.n_layer}x{bench.n_embd}.json", about() | {"mean_latent": mean, "context": T, "methods": records})
+
+
+# ------------------------------------------------------------------------------------------------------------- speed
+
+
+def timed(f, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    f()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+class PeakMemory:
+    """Bytes at the peak: of the device on CUDA, of this process on Linux (by resetting its high-water mark), 0 elsewhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        try:
+            torch.cuda.reset_peak_memory_stats() if self.cuda else Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            pass
+
+    def read(self) -> int:
+        if self.cuda:
+            return torch.cuda.max_memory_allocated()
+        status = Path("/proc/self/status")
+        return next((int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM")), 0) if status.exists() else 0
+
+
+class Contestant:
+    """One method, ready to be timed: a training step, a prefill, decoding at two batch sizes."""
+
+    def __init__(self, bench: Bench, config: Config, mean: float | None, B: int, device: torch.device) -> None:
+        self.device, self.config, self.mean = device, config, mean
+        self.model = make(config, device, mean)
+        if bench.compile or (bench.compile is None and device.type == "cuda"):
+            for block in self.model.blocks:
+                block.compile(dynamic=True)
+        self.optimizer = make_optimizer(self.model, bench)
+        self.idx, self.targets = (torch.randint(0, config.vocab_size, (B, config.block_size), device=device) for _ in range(2))
+        self.times: dict[str, list[float]] = {"training": [], "prefill": [], "decode 1": [], "decode 16": []}
+        self.training_flops = self.memory = 0
+
+    def training(self) -> None:
+        self.model.train()
+        with autocast(self.device):
+            loss = self.model(self.idx, self.targets).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def prefill(self) -> None:
+        self.model.eval()
+        with autocast(self.device):
+            self.model.hidden(self.idx, Cache())
+
+    @torch.no_grad()
+    def decode(self, B: int, new: int) -> None:
+        """Time of `new` tokens after a prompt of half the context, the prompt not counted."""
+        self.model.eval()
+        prompt = self.idx[:1, : self.config.block_size // 2].expand(B, -1)
+        with autocast(self.device):
+            stream = self.model.generate(prompt, new + 1, temperature=0)
+            next(stream)
+            self.times[f"decode {B}"].append(timed(lambda: list(stream), self.device) / new / B)
+
+    def round(self, new: int) -> None:
+        before, memory = training_flops(self.model), PeakMemory(self.device)
+        self.times["training"].append(timed(self.training, self.device) / self.idx.numel())
+        self.memory = memory.read()
+        self.training_flops = (training_flops(self.model) - before) / self.idx.numel()
+        self.times["prefill"].append(timed(self.prefill, self.device) / self.idx.numel())
+        for B in (1, 16):
+            self.decode(B, new)
+
+
+def bench_speed(bench: Bench) -> None:
+    device = pick_device(bench.device)
+    vocab_size, B = bench.vocab_size or 257, bench.batch or (8 if device.type == "cuda" else 4)
+    base, new = bench.model_config(vocab_size), min(32, bench.block_size // 2 - 1)
+    plan: dict[str, tuple[Config, float | None]] = {}
+    for name in bench.methods:
+        config = replace(base, method=name, max_latent=1 if name == "ponder2" else base.max_latent)
+        if name == "adaptive":
+            means = sorted({m for m in (0, 0.5, 1, 1.5, 2, 3) if m <= base.max_latent} | {bench.mean_latent})
+            plan |= {f"adaptive, {m:g} steps": (config, m) for m in means}
+        else:
+            plan[name] = (config, None)
+    contestants = {name: Contestant(bench, config, mean, B, device) for name, (config, mean) in plan.items()}
+    for contestant in tqdm(contestants.values(), desc="warming up", disable=not sys.stderr.isatty()):
+        contestant.round(new)
+        contestant.times = {key: [] for key in contestant.times}
+    roof = measure_roof(device)
+    for _ in tqdm(range(bench.rounds), desc="rounds", disable=not sys.stderr.isatty()):
+        for contestant in contestants.values():
+            contestant.round(new)
+        roof = max(roof, measure_roof(device))
+    records = {}
+    for name, c in contestants.items():
+        middle = {key: statistics.median(times) for key, times in c.times.items()}
+        spread = {key: (max(times) - min(times)) / middle[key] for key, times in c.times.items()}
+        records[name] = {"tokens_per_second": {key: 1 / t for key, t in middle.items()}, "spread": spread, "training_flops_per_token": c.training_flops,
+                         "mfu": c.training_flops / middle["training"] / roof, "peak_memory": c.memory}
+    reference = records.get("vanilla") or next(iter(records.values()))
+    for r in records.values():
+        r["time_ratio"] = reference["tokens_per_second"]["training"] / r["tokens_per_second"]["training"]
+        r["flop_ratio"] = r["training_flops_per_token"] / reference["training_flops_per_token"]
+    print(table(["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU", "prefill tok/s", "decode tok/s, batch 1", "batch 16", "peak MiB"],
+                [[name, f"{r['tokens_per_second']['training']:,.0f}", f"{r['spread']['training']:.0%}", f"{r['time_ratio']:.2f}", f"{r['flop_ratio']:.2f}",
+                  f"{r['time_ratio'] / r['flop_ratio']:.2f}", f"{r['mfu']:.0%}", *(f"{r['tokens_per_second'][k]:,.0f}" for k in ("prefill", "decode 1", "decode 16")),
+                  f"{r['peak_memory'] / 2**20:,.0f}"] for name, r in records.items()]))
+    info = about()
+    print(f"\n{info['machine']}, torch {info['torch']}; {B} × {base.block_size} tokens, medians of {bench.rounds} alternating rounds; roof {roof / 1e12:.3f} TFLOP/s; "
+          "adaptive is forced to a mean of latent steps; decoding starts at half the context")
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    write_json(Path(bench.results) / f"speed-{kind}-{base.n_layer}x{base.n_embd}.json", info | {"roof": roof, "batch": B, "context": base.block_size, "methods": records})
+
+
+# ----------------------------------------------------------------------------------------------------------- quality
+
+
+def one_run(settings: dict, threads: int, folder: str) -> dict:
+    """Trains one run and returns its summary, with its curve: (step, FLOPs, validation loss)."""
+    torch.set_num_threads(threads)
+    with contextlib.redirect_stdout(None):
+        result = train(Train(**settings | {"out": folder, "resume": True}))
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    flops = {line["step"]: line["flops"] for line in lines if "flops" in line}
+    curve = [(line["step"], flops[line["step"]], line["val_loss"]) for line in lines if "val_loss" in line]
+    train_steps = [line["latent_steps"] for line in lines if "latent_steps" in line]
+    return result | {"curve": curve, "train_steps": statistics.mean(train_steps)}
+
+
+def mean_std(values: list[float]) -> str:
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+
+
+class Quality:
+    """The runs that the tables need, made or read back. A run's name tells all that sets it apart from the base config."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.path = bench, Path(bench.results) / f"quality-{bench.n_layer}x{bench.n_embd}-{bench.max_steps}.json"
+        self.base = {f.name: getattr(bench, f.name) for f in fields(Train)}
+        self.base |= {"eval_every": max(1, bench.max_steps // 10), "save_every": bench.max_steps, "resume": False}
+        stored = json.loads(self.path.read_text()) if self.path.exists() else {"settings": self._settings(), "runs": {}}
+        if stored["settings"] != self._settings():
+            raise BadInput(f"{self.path} holds runs of other settings: remove it, or name another folder with --results")
+        self.runs = stored["runs"]
+
+    def _settings(self) -> dict:
+        return {k: v for k, v in self.base.items() if k not in ("out", "device", "compile", "seed", "method", "budget", "log_every", "resume")}
+
+    def make(self, wanted: dict[str, dict], seeds: int) -> None:
+        """Makes the runs that are not there yet: name → settings that differ from the base; each for every seed."""
+        missing = {f"{name}, seed {seed}": settings | {"seed": seed} for name, settings in wanted.items()
+                   for seed in range(self.bench.seed, self.bench.seed + seeds) if f"{name}, seed {seed}" not in self.runs}
+        bar = tqdm(total=len(missing), desc="runs", disable=not missing or not sys.stderr.isatty())
+        for name, result in self._results(missing):
+            if not result:
+                raise BadInput("interrupted; the same command goes on from here")
+            self.runs[name] = result | missing[name]
+            write_json(self.path, about() | {"settings": self._settings(), "runs": self.runs})
+            tqdm.write(f"{name}: validation loss {result['val_loss']:.4f}", file=sys.stdout)
+            bar.update()
+
+    def _results(self, missing: dict[str, dict]) -> Iterator[tuple[str, dict]]:
+        """The missing runs as they finish: in this process, or `jobs` at a time in others."""
+        jobs, threads = self.bench.jobs, torch.get_num_threads()
+        tasks = {name: (self.base | settings, max(1, threads // jobs), f"{self.bench.out}-quality/{name.replace(', ', '-').replace(' ', '')}")
+                 for name, settings in missing.items()}
+        if jobs == 1:
+            yield from ((name, one_run(*task)) for name, task in tasks.items())
+            return
+        with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+            running = {pool.submit(one_run, *task): name for name, task in tasks.items()}
+            for future in as_completed(running):
+                yield running[future], future.result()
+
+    def of(self, name: str) -> list[dict]:
+        seeds = range(self.bench.seed, self.bench.seed + self.bench.seeds)
+        return [self.runs[f"{name}, seed {seed}"] for seed in seeds if f"{name}, seed {seed}" in self.runs]
+
+    def show(self, title: str, names: list[str], seeds: int | None = None) -> None:
+        rows = []
+        for name in names:
+            runs = self.of(name)[:seeds]
+            mean = lambda key: statistics.mean(r[key] for r in runs)
+            rows.append([name, f"{mean('tokens'):,.0f}", f"{mean('flops'):.3e}", f"{mean('train_steps'):.2f}", f"{mean('val_steps'):.2f}",
+                         mean_std([r["val_loss"] for r in runs]), f"{mean('bits_per_byte'):.4f}"])
+        print(f"\n{title}\n" + table(["run", "tokens", "training FLOPs", "steps, training", "steps, validation", "validation loss", "bits per byte"], rows), flush=True)
+
+
+def bench_quality(bench: Bench) -> None:
+    if bench.plot:
+        try:
+            import matplotlib
+        except ImportError:
+            raise BadInput("--plot needs matplotlib: pip install matplotlib") from None
+    quality = Quality(bench)
+    K = bench.max_latent
+
+    rates = dict.fromkeys(bench.methods, bench.learning_rate)
+
+    def settings(method: str, **rest) -> dict:
+        own = {"method": method, "budget": bench.budget if method == "adaptive" else None, "max_latent": 1 if method == "ponder2" else K}
+        return own | {"learning_rate": rates[method]} | rest
+
+    def name_of(method: str, *rest: str) -> str:
+        return ", ".join((method, *rest, f"rate {rates[method]:g}"))
+
+    if "rates" in bench.parts:  # each method at its own best learning rate, found on the first seed
+        for method in bench.methods:
+            trials = {}
+            for rate in bench.rates:
+                rates[method] = rate
+                trials[name_of(method)] = settings(method)
+            quality.make(trials, 1)
+            best = min(trials, key=lambda name: quality.of(name)[0]["val_loss"])
+            rates[method] = trials[best]["learning_rate"]
+            quality.show(f"Learning rates of {method} (first seed):", list(trials), 1)
+    if "tokens" in bench.parts or "flops" in bench.parts:
+        equal_tokens = {name_of(method): settings(method) for method in bench.methods}
+        quality.make(equal_tokens, bench.seeds)
+        quality.show(f"At equal tokens ({bench.seeds} seeds):", list(equal_tokens))
+    if "flops" in bench.parts:
+        flops = {method: statistics.mean(r["flops"] for r in quality.of(name_of(method))) for method in bench.methods}
+        aim = flops.get("adaptive", max(flops.values()))
+        wanted = {}
+        for method in bench.methods:
+            steps = max(1, round(bench.max_steps * aim / flops[method]))
+            if steps == bench.max_steps:
+                wanted[name_of(method)] = settings(method)
+            else:
+                wanted[name_of(method, f"{steps} steps")] = settings(method, max_steps=steps, eval_every=max(1, steps // 10), save_every=steps)
+        quality.make(wanted, bench.seeds)
+        quality.show("At equal training FLOPs, those of adaptive; the number of steps is what they buy:", list(wanted))
+    if "pareto" in bench.parts:
+        pareto = {name_of("adaptive", f"budget {b:g}"): settings("adaptive", budget=b) for b in bench.budgets if b <= K and "adaptive" in bench.methods}
+        for method in [m for m in ("loop", "pause", "ponder", "ponder2") if m in bench.methods]:
+            pareto |= {name_of(method, f"K = {k}"): settings(method, max_latent=k) for k in range(1, K + 1)}
+        if "vanilla" in bench.methods:
+            pareto |= {name_of("vanilla", f"{bench.n_layer * m // 2} layers"): settings("vanilla", n_layer=bench.n_layer * m // 2) for m in (2, 3, 4, 6, 8)}
+        quality.make(pareto, bench.seeds)
+        quality.show("Loss against passes, at equal tokens:", list(pareto))
+    if bench.plot:
+        plot(quality, quality.path.with_suffix(""))
+
+
+def plot(quality: Quality, path: Path) -> None:
+    """Validation loss against training FLOPs, a point a run, to path.svg and path.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for i, method in enumerate(METHODS):
+        points = sorted((r["flops"], r["val_loss"]) for r in quality.runs.values() if r["method"] == method)
+        if points:
+            axes.plot(*zip(*points), "o" if method != "adaptive" else "*", markersize=6 if method != "adaptive" else 11, label=method, color=f"C{i}", alpha=0.7)
+    axes.set(xscale="log", xlabel="training FLOPs (counted)", ylabel="validation loss, nats per token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    for suffix in (".svg", ".png"):
+        figure.savefig(path.with_suffix(suffix), bbox_inches="tight")
+        print(f"written: {path.with_suffix(suffix)}")
+
+
+def main() -> None:
+    argv = sys.argv[1:]
+    if not any(argument.endswith(".py") for argument in argv):
+        argv = [str(Path(__file__).with_name("config") / "tiny.py"), *argv]
+    bench = configure(Bench, argv, positional=("what",))
+    {"flops": bench_flops, "speed": bench_speed, "quality": bench_quality}[bench.what](bench)
+
+
+if __name__ == "__main__":
+    run(main)
