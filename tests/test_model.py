@@ -59,7 +59,7 @@ def reference_stack(state, config, z, pos, see, past=()):
         z = z + torch.einsum("bhqk,bkhd->bqhd", share, v).reshape(B, T, d) @ w["wo"].T
         x = norm(z, f"blocks.{i}.ffn_norm.weight")
         z = z + (F.silu(x @ w["w1"].T) * (x @ w["w3"].T)) @ w["w2"].T
-    return norm(z, "norm.weight"), kept
+    return (z if state["norm.weight"] is None else norm(z, "norm.weight")), kept
 
 
 def reference_adaptive(model, state, idx, tau):
@@ -156,6 +156,31 @@ def test_decoding_is_parallel(method, sizes):
     logits, steps, _ = in_chunks(model, idx, sizes)
     torch.testing.assert_close(logits, whole.logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(steps, whole.steps)
+
+
+def test_mor_is_dense_masked():
+    """Each recursion for all tokens, from an independent stack of the middle blocks; the chosen depth alone says what counts."""
+    model, idx = make("mor", n_layer=4), text()
+    state, c, causal, pos = model.state_dict(), model.config, torch.ones(40, 40, dtype=torch.bool).tril(), torch.arange(40)
+
+    def stack(z, layers, see):  # without the final norm
+        part = {f"blocks.{i}.{name.split('.', 2)[2]}": w for i, layer in enumerate(layers) for name, w in state.items() if name.startswith(f"blocks.{layer}.")}
+        config = Config(**{**vars(c), "n_layer": len(layers)})
+        part["norm.weight"] = None
+        return reference_stack(part, config, z, pos, see)[0]
+
+    first = stack(state["embed.weight"][idx], [0], causal.expand(3, 40, 40))
+    g = (first @ state["router.weight"].T).softmax(-1)
+    depth, h, done = g.argmax(-1), first, torch.zeros_like(first)
+    for r in range(c.max_latent + 1):
+        see = (depth >= r)[:, None, :] & causal | torch.eye(40, dtype=torch.bool)
+        h = g[..., r : r + 1] * stack(h, [1, 2], see)
+        done = torch.where((depth == r)[..., None], h + first, done)
+    last = stack(done, [3], causal.expand(3, 40, 40))
+    want = last / (last.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * state["norm.weight"] @ state["head.weight"].T
+    out = model(idx)
+    assert torch.equal(out.steps, depth.float()) and len(depth.unique()) > 1
+    torch.testing.assert_close(out.logits, want, atol=1e-5, rtol=1e-4)
 
 
 def test_ponder2_jacobi_approaches_its_decoding():

@@ -58,7 +58,10 @@ def flags(data, out, **settings):
 
 
 def losses(out):
-    return {r["step"]: r["loss"] for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if "loss" in r}
+    """Step → loss, from a log that must hold each step once."""
+    records = [r for r in map(json.loads, (Path(out) / "log.jsonl").read_text().splitlines()) if "loss" in r]
+    assert len({r["step"] for r in records}) == len(records)
+    return {r["step"]: r["loss"] for r in records}
 
 
 @pytest.mark.parametrize("method", METHODS)
