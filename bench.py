@@ -117,7 +117,7 @@ class ForcedRouter(nn.Module):
         self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, h: Tensor) -> Tensor:
-        count = round(self.q * len(h))
+        count = math.floor(self.q * len(h) + torch.rand((), generator=self.generator).item())  # right on average, also for one token
         chosen = torch.randperm(len(h), generator=self.generator)[:count].to(h.device)
         force = torch.full((len(h), 1), -30.0, device=h.device).index_fill_(0, chosen, 30.0)
         return self.router(h) * 0 + force
@@ -259,23 +259,6 @@ def timed(f, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-class PeakMemory:
-    """Bytes at the peak: of the device on CUDA, of this process on Linux (by resetting its high-water mark), 0 elsewhere."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        try:
-            torch.cuda.reset_peak_memory_stats() if self.cuda else Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
-
-    def read(self) -> int:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        status = Path("/proc/self/status")
-        return next((int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM")), 0) if status.exists() else 0
-
-
 class Contestant:
     """One method, ready to be timed: a training step, a prefill, decoding at two batch sizes."""
 
@@ -288,7 +271,7 @@ class Contestant:
         self.optimizer = make_optimizer(self.model, bench)
         self.idx, self.targets = (torch.randint(0, config.vocab_size, (B, config.block_size), device=device) for _ in range(2))
         self.times: dict[str, list[float]] = {"training": [], "prefill": [], "decode 1": [], "decode 16": []}
-        self.training_flops = self.memory = 0
+        self.training_flops, self.memory = 0.0, None
 
     def training(self) -> None:
         self.model.train()
@@ -315,9 +298,11 @@ class Contestant:
             self.times[f"decode {B}"].append(timed(lambda: list(stream), self.device) / new / B)
 
     def round(self, new: int) -> None:
-        before, memory = training_flops(self.model), PeakMemory(self.device)
+        before, cuda = training_flops(self.model), self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
         self.times["training"].append(timed(self.training, self.device) / self.idx.numel())
-        self.memory = memory.read()
+        self.memory = torch.cuda.max_memory_allocated() if cuda else None  # on a CPU the allocator keeps what others have used
         self.training_flops = (training_flops(self.model) - before) / self.idx.numel()
         self.times["prefill"].append(timed(self.prefill, self.device) / self.idx.numel())
         for B in (1, 16):
@@ -358,7 +343,7 @@ def bench_speed(bench: Bench) -> None:
     print(table(["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU", "prefill tok/s", "decode tok/s, batch 1", "batch 16", "peak MiB"],
                 [[name, f"{r['tokens_per_second']['training']:,.0f}", f"{r['spread']['training']:.0%}", f"{r['time_ratio']:.2f}", f"{r['flop_ratio']:.2f}",
                   f"{r['time_ratio'] / r['flop_ratio']:.2f}", f"{r['mfu']:.0%}", *(f"{r['tokens_per_second'][k]:,.0f}" for k in ("prefill", "decode 1", "decode 16")),
-                  f"{r['peak_memory'] / 2**20:,.0f}"] for name, r in records.items()]))
+                  f"{r['peak_memory'] / 2**20:,.0f}" if r["peak_memory"] else "–"] for name, r in records.items()]))
     info = about()
     print(f"\n{info['machine']}, torch {info['torch']}; {B} × {base.block_size} tokens, medians of {bench.rounds} alternating rounds; roof {roof / 1e12:.3f} TFLOP/s; "
           "adaptive is forced to a mean of latent steps; decoding starts at half the context")

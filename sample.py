@@ -149,7 +149,8 @@ def main() -> None:
             for g in new:
                 if g.token.item() == tokenizer.eot_token:
                     return
-                pieces.append(Piece(tokenizer.decode_single_token_bytes(g.token.item()), int(g.steps.item()), g.expected_steps.item(), g.prob.item()))
+                text = tokenizer.decode_single_token_bytes(g.token.item()) if g.token.item() < tokenizer.n_vocab else b""  # a padded vocabulary
+                pieces.append(Piece(text, int(g.steps.item()), g.expected_steps.item(), g.prob.item()))
                 yield pieces[-1]
         except ValueError as error:
             raise BadInput(str(error)) from None

@@ -41,7 +41,7 @@ FORMAT = "nanoLatentCoT 1"
 class Train(Config):
     vocab_size: int = 0  # rows of the embedding and of the head; 0: the vocabulary of the data
     data: str = "data/python"  # folder that prepare.py wrote
-    out: str = "out/tiny"  # folder of this run: log.jsonl and ckpt.pt
+    out: str = "out/tiny"  # folder of this run: log.jsonl, ckpt.pt and, at the end, summary.json
     resume: bool = False  # go on with the run in out
     seed: int = 1337  # of the weights and of the batches
     max_steps: int = 1000  # optimizer steps
@@ -394,6 +394,7 @@ def train(config: Train) -> dict:
     result = result or evaluated()
     result |= {"flops": training_flops(model) * world, "tokens": tokens, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
     if main_process:
+        (out / "summary.json").write_text(json.dumps({"config": asdict(config), **result}, indent=1) + "\n")
         print(f"\nvalidation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, {result['bits_per_byte']:.4f} bits per byte\n"
               f"mean latent steps {result['val_steps']:.3f} of {config.max_latent}; {tokens:,} tokens, {result['flops']:.3e} training FLOPs, {seconds / 60:.1f} minutes\n"
               f"next: python sample.py {out} \"def \"")

@@ -70,7 +70,7 @@ def test_speed(call, tmp_path):
     assert list(result["methods"]) == names
     ratios = [result["methods"][name]["flop_ratio"] for name in names]
     assert ratios[0] == 1 and ratios[1:] == sorted(ratios[1:]) and ratios[-1] > 3.5
-    assert all(min(r["tokens_per_second"].values()) > 0 and r["peak_memory"] > 0 for r in result["methods"].values())
+    assert all(min(r["tokens_per_second"].values()) > 0 for r in result["methods"].values())
 
 
 def test_quality_reads_finished_runs_back(call, tmp_path):
