@@ -127,7 +127,8 @@ class MoR(LLaMA):
         nn.init.normal_(self.router.weight, std=config.init_std)
 
     def think(self, x: Tensor, tokens: Tokens, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
-        layers, n = range(self.config.n_layer), self.max_latent + 1
+        layers = range(self.config.n_layer)
+        n = min(self.max_latent, self.config.max_latent) + 1  # the router knows no deeper recursion than it was trained with
         first = self.one_pass(x, tokens, [cache[0]], layers[:1])
         with torch.autocast(x.device.type, enabled=False):
             g = self.router(first.float())[:, :n].softmax(1)  # (N, K + 1)

@@ -252,6 +252,15 @@ def test_dials(tau, max_latent):
         assert (out.steps == (max_latent if tau == 0 else 0)).all()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_with_more_or_fewer_steps_than_it_was_trained_with(method):
+    model = make(method)
+    for max_latent in (0, 1, 5):
+        with torch.no_grad(), model.dials(max_latent=max_latent):
+            out = model(text(), text(seed=5))
+        assert torch.isfinite(out.loss) and out.steps.max() <= max_latent
+
+
 # ------------------------------------------------------------------------------------------------------- generation
 
 
