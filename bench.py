@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from baselines import METHODS, build
 from configurator import BadInput, configure, run
-from model import AdaptiveLatentCoT, Cache, Config, LLaMA
+from model import FAR, AdaptiveLatentCoT, Cache, Config, LLaMA
 from train import Train, autocast, load_checkpoint, make_optimizer, measure_roof, pick_device, train, training_flops
 
 
@@ -179,7 +179,7 @@ def formula(config: Config, B: int, T: int, reached: list[tuple[int, int]], roun
 def reached_of(model: LLaMA, cache: Cache) -> list[tuple[int, int]]:
     """The (tokens, longest row) of each pass that filled a cache: latent steps of adaptive, recursions of mor."""
     columns = cache.columns[1:-1] if model.config.method == "mor" else cache.columns
-    return [(int((column.order < 2**30).sum()), column.size) for column in columns if column.size]
+    return [(int((column.order < FAR).sum()), column.size) for column in columns if column.size]
 
 
 def counted(model: LLaMA, idx: Tensor, targets: Tensor) -> tuple[int, list[tuple[int, int]]]:

@@ -139,12 +139,12 @@ class Column:
 
     def reserve(self, tokens: Tokens) -> None:
         """Makes room for the tokens of this pass and writes down their order."""
-        self.fresh, self.ragged = self.size == 0, tokens.seat is not None
+        self.fresh, ragged = self.size == 0, tokens.seat is not None
         if self.fresh:
             self.order, self.size = tokens.grid_order(), tokens.A
-            self.count = (self.order < FAR).sum(1) if self.ragged else None
+            self.count = (self.order < FAR).sum(1) if ragged else None
             return
-        if self.ragged and self.count is None:
+        if ragged and self.count is None:
             self.count = torch.full((tokens.B,), self.size, device=tokens.row.device)
         if self.count is None:
             self.where = (slice(None), slice(self.size, self.size + tokens.A))
@@ -227,7 +227,7 @@ def make_mask(tokens: Tokens, columns: list[Column]) -> Tensor | BlockMask | Non
     query, key = tokens.grid_order(), torch.cat([column.order[:, : column.size] for column in columns], 1)
     if query.is_cuda and torch.is_grad_enabled():
         return block_mask(query, key)
-    return (key[:, None, None, :] <= query[:, None, :, None])  # (B, 1, A, S)
+    return key[:, None, None, :] <= query[:, None, :, None]  # (B, 1, A, S)
 
 
 def block_mask(query: Tensor, key: Tensor) -> BlockMask:
