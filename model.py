@@ -281,10 +281,9 @@ class Block(nn.Module):
         self.register_load_state_dict_pre_hook(_join_fused)
 
     def forward(self, x: Tensor, rope: Tensor, layer: int, tokens: Tokens, columns: list[Column], mask) -> Tensor:
-        """x (N, d) → (N, d); rope (2, N, 1, 1, hd / 2)."""
-        qkv = self.wqkv(self.attn_norm(x)).view(len(x), 3, self.n_head, -1)  # (N, 3, H, hd)
-        qk, v = tokens.grid(rotate(qkv[:, :2], rope)), tokens.grid(qkv[:, 2])  # (B, A, 2, H, hd), (B, A, H, hd)
-        q, k, v = qk[:, :, 0].transpose(1, 2), qk[:, :, 1].transpose(1, 2), v.transpose(1, 2)  # (B, H, A, hd)
+        """x (N, d) → (N, d); rope (2, N, 1, hd)."""
+        q, k, v = self.wqkv(self.attn_norm(x)).view(len(x), 3, self.n_head, -1).unbind(1)  # (N, H, hd) each
+        q, k, v = (tokens.grid(t).transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))  # (B, H, A, hd) each
         y = attend(q, k, v, layer, tokens, columns, mask)
         x = x + self.wo(tokens.pack(y.transpose(1, 2)))
         gate, up = self.w13(self.ffn_norm(x)).chunk(2, -1)
@@ -308,10 +307,9 @@ def _join_fused(block: Block, state: dict, prefix: str, *_) -> None:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE on the two halves of each head, as Hugging Face's LLaMA does. x (N, 2, H, hd), rope (2, N, 1, 1, hd / 2)."""
+    """RoPE on the two halves (a, b) of each head, as in Hugging Face's LLaMA: a cos − b sin, b cos + a sin. x (N, H, hd)."""
     cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
 
 
 class LLaMA(nn.Module):
@@ -329,6 +327,10 @@ class LLaMA(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        half = config.n_embd // config.n_head // 2
+        angle = torch.arange(config.block_size)[:, None] * config.rope_theta ** (-torch.arange(half) / half)
+        cos, sin = angle.cos(), angle.sin()
+        self.register_buffer("rope", torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1))), persistent=False)  # (2, T, hd)
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.init_std)
@@ -341,10 +343,7 @@ class LLaMA(nn.Module):
         layers = range(self.config.n_layer) if layers is None else layers
         columns[-1].reserve(tokens)
         mask = make_mask(tokens, columns)
-        half = self.config.n_embd // self.config.n_head // 2
-        frequency = self.config.rope_theta ** (-torch.arange(half, device=z.device, dtype=torch.float32) / half)
-        angle = tokens.pos[:, None, None, None] * frequency
-        rope = torch.stack((angle.cos(), angle.sin()))
+        rope = self.rope[:, tokens.pos, None]
         for layer in layers:
             block = self.blocks[layer]
             if self.checkpointing and torch.is_grad_enabled():
