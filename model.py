@@ -256,7 +256,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layer: int, tokens: Tokens, columns:
             score = score.masked_fill(~mask, -math.inf)
         shares = score.softmax(3).to(q.dtype).split([k.size(2) for k, _ in seen], 3)
         return sum(share @ v for share, (_, v) in zip(shares, seen))
-    k, v = seen[0] if len(seen) == 1 else (torch.cat(ts, 2) for ts in zip(*seen))
+    k, v = seen[0] if len(seen) == 1 else (torch.cat([t.transpose(1, 2) for t in ts], 1).transpose(1, 2) for ts in zip(*seen))  # as they lie in memory
     if isinstance(mask, BlockMask):
         return _flex_attention(q, k, v, block_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1)
