@@ -398,8 +398,6 @@ def train(config: Train) -> dict:
         print(f"\nvalidation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, {result['bits_per_byte']:.4f} bits per byte\n"
               f"mean latent steps {result['val_steps']:.3f} of {config.max_latent}; {tokens:,} tokens, {result['flops']:.3e} training FLOPs, {seconds / 60:.1f} minutes\n"
               f"next: python sample.py {out} \"def \"")
-    if world > 1:
-        dist.destroy_process_group()
     return result
 
 
@@ -421,6 +419,8 @@ def main() -> None:
     if not any(argument.endswith(".py") for argument in argv):
         argv = [str(Path(__file__).with_name("config") / "tiny.py"), *argv]
     train(configure(Train, argv))
+    if dist.is_initialized():  # not in train: DDP must be gone first, or its destructor waits for gloo's thread, which waits for the GIL
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
