@@ -1,4 +1,45 @@
+import importlib
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from baselines import build
+from configurator import run
+from model import Config
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Runs a script in this process, which is quicker than one of its own → what it wrote to stdout and stderr.
+
+    Its exit code must be `code`; with 2, it must have said why in one line.
+    """
+    def call(script, *arguments, code=0):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        got = 0
+        try:
+            run(importlib.import_module(script).main)
+        except SystemExit as stopped:
+            got = stopped.code
+        out, err = capsys.readouterr()
+        assert got == code and (code != 2 or len(err.splitlines()) == 1), err
+        return out, err
+    return call
+
+
+def uneven(method="adaptive", seed=0, **settings):
+    """A small model with weights large enough that tokens differ, and a router that halts them unevenly."""
+    torch.manual_seed(seed)
+    shape = dict(n_layer=3, n_head=4, n_embd=32, n_ff=48, vocab_size=61, block_size=64, router_bias=0.5, tau=0.25)
+    model = build(Config(method=method, **(shape | settings))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.15)
+        if method == "adaptive":
+            model.router.weight.normal_(std=0.3)
+    return model

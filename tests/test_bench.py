@@ -1,16 +1,13 @@
 """What bench.py says: counted FLOPs equal the formula, forced routers have the mean they were asked for, runs are read back."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-import bench
 import prepare
 from baselines import METHODS
-from bench import Bench, counted, formula, going_on, make
-from configurator import run
+from bench import counted, formula, going_on, make
 from model import Config
 from train import training_flops
 
@@ -42,29 +39,22 @@ def test_a_forced_router_has_its_mean(mean):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    def call(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["bench.py", *(f"--{k}={v}" for k, v in SHAPE.items()), f"--results={tmp_path}/results", *map(str, arguments)])
-        try:
-            run(bench.main)
-            got = 0
-        except SystemExit as stopped:
-            got = stopped.code
-        out, err = capsys.readouterr()
-        assert got == code, err
-        return out if code == 0 else err
-    return call
+def measured(call, tmp_path):
+    """bench.py on a small shape → what it printed, or, where it must refuse, the line that it refused with."""
+    def measured(*arguments, code=0):
+        return call("bench", *(f"--{k}={v}" for k, v in SHAPE.items()), f"--results={tmp_path}/results", *arguments, code=code)[code == 2]
+    return measured
 
 
-def test_flops(call, tmp_path):
-    out = call("flops", "--mean_latent=1")
+def test_flops(measured, tmp_path):
+    out = measured("flops", "--mean_latent=1")
     result = json.loads((tmp_path / "results" / "flops-3x16.json").read_text())
     assert set(result["methods"]) == set(METHODS) and all(r["counted_equals_formula"] for r in result["methods"].values())
     assert "NO" not in out and result["methods"]["loop"]["passes"] == pytest.approx(4) and result["methods"]["adaptive"]["passes"] == pytest.approx(2, abs=0.1)
 
 
-def test_speed(call, tmp_path):
-    call("speed", "--methods", "vanilla", "adaptive", "--rounds=1", "--batch=2")
+def test_speed(measured, tmp_path):
+    measured("speed", "--methods", "vanilla", "adaptive", "--rounds=1", "--batch=2")
     result = json.loads((tmp_path / "results" / "speed-cpu-3x16.json").read_text())
     names = ["vanilla", *(f"adaptive, {m} steps" for m in ("0", "0.5", "1", "1.5", "2", "3"))]
     assert list(result["methods"]) == names
@@ -73,23 +63,23 @@ def test_speed(call, tmp_path):
     assert all(min(r["tokens_per_second"].values()) > 0 for r in result["methods"].values())
 
 
-def test_quality_reads_finished_runs_back(call, tmp_path):
+def test_quality_reads_finished_runs_back(measured, tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox " * 200)
     prepare.prepare(prepare.Prepare([str(tmp_path / "text.txt")], out=str(tmp_path), name="data"))
     arguments = ["quality", f"--data={tmp_path}/data", f"--out={tmp_path}/out", "--vocab_size=0", "--max_steps=3", "--global_batch_size=2", "--eval_windows=2", "--device=cpu",
                  "--methods", "vanilla", "adaptive", "--seeds=2", "--rates", "1e-3", "2e-3"]
     arguments += ["--parts", "rates", "tokens", "flops"]
-    first = call(*arguments)
+    first = measured(*arguments)
     path = next((tmp_path / "results").glob("quality-*.json"))
     runs = json.loads(path.read_text())["runs"]
     assert "adaptive" in first and "±" in first and any("steps" in name for name in runs)
-    again = call(*arguments)
+    again = measured(*arguments)
     assert json.loads(path.read_text())["runs"] == runs and first.splitlines()[-5:] == again.splitlines()[-5:]
-    assert "other settings" in call(*arguments, "--weight_decay=0.5", code=2)
+    assert "other settings" in measured(*arguments, "--weight_decay=0.5", code=2)
 
 
 @pytest.mark.parametrize("arguments,words", [(["fly"], ["fly", "flops"]), ([], ["flops, speed or quality"]), (["flops", "--methods", "lop"], ["lop", "loop"]),
                                              (["flops", "--mean_latent=9"], ["mean_latent"]), (["flops", "--checkpoint=nowhere"], ["nowhere"])])
-def test_wrong_input(arguments, words, call):
-    err = call(*arguments, code=2)
+def test_wrong_input(arguments, words, measured):
+    err = measured(*arguments, code=2)
     assert all(word in err for word in words) and len(err.splitlines()) == 1

@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation
-from baselines import METHODS, build
-from configurator import BadInput, run
+from baselines import METHODS
+from conftest import uneven
 from eval import Eval, Tally, analyze, harness_model, perplexity, ranks, read_text, score, spearman, sweep, token_class, windows, word_positions
-from model import Config
 from prepare import Prepare, describe, get_tokenizer, make_tokenizer, prepare, ranks_to_text
 from train import save_checkpoint
 
@@ -29,17 +28,7 @@ SAYING = "The cat sat on the mat. " * 3 + "A dog, 42 birds\nand naïve `code += 
 
 
 def make(method="adaptive", **settings):
-    """A small model that is sure of what it says, and halts its tokens unevenly."""
-    torch.manual_seed(0)
-    shape = dict(n_layer=3, n_head=2, n_embd=32, n_ff=48, vocab_size=257, block_size=32, router_bias=0.5, tau=0.25)
-    model = build(Config(method=method, **(shape | settings))).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.15)
-        if method == "adaptive":
-            model.router.weight.normal_(std=0.3)
-    return model
+    return uneven(method, **dict(n_head=2, vocab_size=257, block_size=32) | settings)
 
 
 def plain(model, context, continuation):
@@ -384,29 +373,23 @@ def command(folder, *words):
     return done.returncode, done.stdout, done.stderr
 
 
-def call(monkeypatch, *words):
-    """eval.py's main in this process, for speed."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-    evaluation.main()
-
-
-def test_a_run_alone_is_measured_on_its_own_validation_text(folder, monkeypatch, capsys):
-    call(monkeypatch, folder / "adaptive", f"--json={folder / 'a.json'}")
-    call(monkeypatch, folder / "adaptive", "--text", folder / "data" / "val.bin", "--batch_size=3", f"--json={folder / 'b.json'}")
+def test_a_run_alone_is_measured_on_its_own_validation_text(folder, call):
+    out, _ = call("eval", folder / "adaptive", f"--json={folder / 'a.json'}")
+    call("eval", folder / "adaptive", "--text", folder / "data" / "val.bin", "--batch_size=3", f"--json={folder / 'b.json'}")
     a, b = (json.loads((folder / name).read_text()) for name in ("a.json", "b.json"))
     assert a["perplexity"]["loss"] == pytest.approx(b["perplexity"]["loss"], rel=1e-6)
-    assert a["step"] == 7 and f"{a['perplexity']['perplexity']:.4f} per token" in capsys.readouterr().out
+    assert a["step"] == 7 and f"{a['perplexity']['perplexity']:.4f} per token" in out
 
 
-def test_dials_analysis_page_and_figure_from_the_command_line(folder, monkeypatch, capsys):
-    call(monkeypatch, folder / "adaptive", "--max_latent=1", "--tau=0", "--max_tokens=200", "--analyze", "--sweep",
+def test_dials_analysis_page_and_figure_from_the_command_line(folder, call):
+    out, _ = call("eval", folder / "adaptive", "--max_latent=1", "--tau=0", "--max_tokens=200", "--analyze", "--sweep",
          f"--html={folder / 'page.html'}", f"--json={folder / 'c.json'}")
     found = json.loads((folder / "c.json").read_text())
     assert found["perplexity"]["latent_steps"] == 1 and found["perplexity"]["tokens"] == 200 and found["rank_correlation"] is None
     assert [point["latent_steps"] for point in found["sweep"]] == [0, 1]
-    assert "1 latent steps, expected" in (folder / "page.html").read_text() and "what step k brings" in capsys.readouterr().out
+    assert "1 latent steps, expected" in (folder / "page.html").read_text() and "what step k brings" in out
     pytest.importorskip("matplotlib")
-    call(monkeypatch, folder / "adaptive", "--max_tokens=200", "--analyze", f"--plot={folder / 'figure.png'}")
+    call("eval", folder / "adaptive", "--max_tokens=200", "--analyze", f"--plot={folder / 'figure.png'}")
     assert (folder / "figure.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -426,25 +409,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_wrong_input_is_answered_with_one_line(words, folder, monkeypatch):
-    with pytest.raises(BadInput) as caught:
-        call(monkeypatch, *words.format(root=folder).split())
-    assert WRONG[words] in str(caught.value) and "\n" not in str(caught.value)
+def test_wrong_input_is_answered_with_one_line_and_exit_code_2(words, folder, call):
+    assert WRONG[words] in call("eval", *words.format(root=folder).split(), code=2)[1]
 
 
-def test_wrong_input_exits_with_code_2_and_no_traceback(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval.py", str(folder / "adaptive"), "--text", str(folder / "nothing.txt")])
-    with pytest.raises(SystemExit) as exit:
-        run(evaluation.main)
-    complaint = capsys.readouterr().err
-    assert exit.value.code == 2 and complaint.count("\n") == 1 and complaint.startswith("eval.py: ")
-
-
-def test_without_lm_eval_tasks_say_what_to_install(folder, monkeypatch):
+def test_without_lm_eval_tasks_say_what_to_install(folder, call, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    with pytest.raises(BadInput, match="pip install lm-eval"):
-        call(monkeypatch, folder / "adaptive", "--tasks=sciq")
+    assert "pip install lm-eval" in call("eval", folder / "adaptive", "--tasks=sciq", code=2)[1]
 
 
 def test_tasks_end_to_end_with_and_without_examples(folder):

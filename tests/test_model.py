@@ -8,23 +8,10 @@ import torch.nn.functional as F
 
 import model as model_module
 from baselines import METHODS, build
-from model import FAR, AdaptiveLatentCoT, Cache, Config, Tokens, block_mask, flex_attention, make_mask
+from conftest import uneven as make
+from model import FAR, Cache, Config, block_mask, flex_attention
 
 EXACT = [name for name in METHODS if name != "ponder2"]  # ponder2 in parallel is Jacobi's approximation of its decoding
-
-
-def make(method="adaptive", seed=0, **settings):
-    """A small model with weights large enough that tokens differ, and a router that halts them unevenly."""
-    torch.manual_seed(seed)
-    shape = dict(n_layer=3, n_head=4, n_embd=32, n_ff=48, vocab_size=61, block_size=64, router_bias=0.5, tau=0.25)
-    model = build(Config(method=method, **(shape | settings))).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.15)
-    if method == "adaptive":
-        torch.nn.init.normal_(model.router.weight, std=0.3)
-    return model
 
 
 def text(B=3, T=40, seed=1):

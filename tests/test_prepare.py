@@ -2,13 +2,11 @@
 
 import gzip
 import json
-import sys
 
 import numpy as np
 import pytest
 
 import prepare
-from configurator import run
 from prepare import END, Prepare, get_tokenizer, ranks_from_text, ranks_to_text, restore_tokenizer
 
 DOCUMENTS = [f"document {i}: naïve 思考 {'x' * (i % 7)}\n" for i in range(80)]
@@ -28,15 +26,8 @@ def read(folder):
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            run(prepare.main)
-        err = capsys.readouterr().err
-        assert stopped.value.code == 2 and len(err.splitlines()) == 1, err
-        return err
-    return call
+def refused(call):
+    return lambda *arguments: call("prepare", *arguments, code=2)[1]
 
 
 def write_jsonl(path, documents, opener=open):

@@ -4,14 +4,13 @@ import html
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-import sample as sample_module
 from baselines import build
-from configurator import run
 from model import Config
 from prepare import get_tokenizer
 from sample import Piece, explain, html_page, whole_characters
@@ -31,18 +30,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture
-def shown(monkeypatch, capsys):
-    def call(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
-        try:
-            run(sample_module.main)
-            got = 0
-        except SystemExit as stopped:
-            got = stopped.code
-        out, err = capsys.readouterr()
-        assert got == code, err
-        return out, err
-    return call
+def shown(call):
+    return partial(call, "sample")
 
 
 def test_characters_wait_until_they_are_whole():
