@@ -50,7 +50,7 @@ class Bench(Train):
     rounds: int = 7  # speed: rounds, each of which times every method once
     seeds: int = 1  # quality: runs of each, from seed, seed + 1, …
     parts: list[str] = field(default_factory=lambda: ["rates", "tokens", "flops", "pareto"])  # quality: which of its tables
-    rates: list[float] = field(default_factory=lambda: [1e-3, 2e-3, 4e-3])  # quality: learning rates, of which each method gets its best
+    rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # quality: learning rates, of which each method gets its best
     budgets: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5, 2.0])  # quality: budgets of adaptive in the Pareto table
     jobs: int = 1  # quality: runs at once, which share the cores
     plot: bool = False  # quality: also draw loss against FLOPs, as SVG and PNG (matplotlib)
@@ -425,6 +425,9 @@ class Quality:
         print(f"\n{title}\n" + table(["run", "tokens", "training FLOPs", "steps, training", "steps, validation", "validation loss", "bits per byte"], rows), flush=True)
 
 
+NO_THOUGHTS = "no thoughts"
+
+
 def bench_quality(bench: Bench) -> None:
     if bench.plot:
         try:
@@ -433,47 +436,52 @@ def bench_quality(bench: Bench) -> None:
             raise BadInput("--plot needs matplotlib: pip install matplotlib") from None
     quality = Quality(bench)
     K = bench.max_latent
+    own = {method: {"method": method, "budget": bench.budget if method == "adaptive" else None, "max_latent": 1 if method == "ponder2" else K}
+           for method in bench.methods}
+    if "adaptive" in own:  # the control: adaptive's embedding scale, but never a thought
+        own[NO_THOUGHTS] = own["adaptive"] | {"tau": 1.0, "budget": None}
+    rates = dict.fromkeys(own, bench.learning_rate)
 
-    rates = dict.fromkeys(bench.methods, bench.learning_rate)
+    def settings(who: str, **rest) -> dict:
+        return own[who] | {"learning_rate": rates[who]} | rest
 
-    def settings(method: str, **rest) -> dict:
-        own = {"method": method, "budget": bench.budget if method == "adaptive" else None, "max_latent": 1 if method == "ponder2" else K}
-        return own | {"learning_rate": rates[method]} | rest
+    def name_of(who: str, *rest: str) -> str:
+        return ", ".join((who, *rest, f"rate {rates[who]:g}"))
 
-    def name_of(method: str, *rest: str) -> str:
-        return ", ".join((method, *rest, f"rate {rates[method]:g}"))
-
-    if "rates" in bench.parts:  # each method at its own best learning rate, found on the first seed
-        for method in bench.methods:
-            trials = {}
-            for rate in bench.rates:
-                rates[method] = rate
-                trials[name_of(method)] = settings(method)
-            quality.make(trials, 1)
-            best = min(trials, key=lambda name: quality.of(name)[0]["val_loss"])
-            rates[method] = trials[best]["learning_rate"]
-            quality.show(f"Learning rates of {method} (first seed):", list(trials), 1)
+    if "rates" in bench.parts:  # each at its own best learning rate, found on the first seed
+        trials = {}
+        for rate in bench.rates:
+            rates = dict.fromkeys(own, rate)
+            trials |= {name_of(who): settings(who) for who in own}
+        quality.make(trials, 1)
+        quality.show("Learning rates (first seed):", list(trials), 1)
+        for who in own:
+            of_each = {trials[name]["learning_rate"]: quality.of(name)[0]["val_loss"] for name in trials if name.startswith(f"{who}, ")}
+            rates[who] = min(of_each, key=of_each.get)
     if "tokens" in bench.parts or "flops" in bench.parts:
-        equal_tokens = {name_of(method): settings(method) for method in bench.methods}
+        equal_tokens = {name_of(who): settings(who) for who in own}
         quality.make(equal_tokens, bench.seeds)
         quality.show(f"At equal tokens ({bench.seeds} seeds):", list(equal_tokens))
     if "flops" in bench.parts:
-        flops = {method: statistics.mean(r["flops"] for r in quality.of(name_of(method))) for method in bench.methods}
+        flops = {who: statistics.mean(r["flops"] for r in quality.of(name_of(who))) for who in own}
         aim = flops.get("adaptive", max(flops.values()))
         wanted = {}
-        for method in bench.methods:
-            steps = max(1, round(bench.max_steps * aim / flops[method]))
+        for who in own:
+            steps = max(1, round(bench.max_steps * aim / flops[who]))
             if steps == bench.max_steps:
-                wanted[name_of(method)] = settings(method)
+                wanted[name_of(who)] = settings(who)
             else:
-                wanted[name_of(method, f"{steps} steps")] = settings(method, max_steps=steps, eval_every=max(1, steps // 10), save_every=steps)
+                wanted[name_of(who, f"{steps} steps")] = settings(who, max_steps=steps, eval_every=max(1, steps // 10), save_every=steps)
         quality.make(wanted, bench.seeds)
         quality.show("At equal training FLOPs, those of adaptive; the number of steps is what they buy:", list(wanted))
     if "pareto" in bench.parts:
-        pareto = {name_of("adaptive", f"budget {b:g}"): settings("adaptive", budget=b) for b in bench.budgets if b <= K and "adaptive" in bench.methods}
-        for method in [m for m in ("loop", "pause", "ponder", "ponder2") if m in bench.methods]:
+        pareto = {}
+        if "adaptive" in own:
+            pareto |= {name_of("adaptive", f"budget {b:g}"): settings("adaptive", budget=b) for b in bench.budgets if b <= K}
+            pareto[name_of("adaptive", "all steps")] = settings("adaptive", budget=None, tau=0.0)
+        for method in [m for m in ("loop", "pause", "ponder", "ponder2") if m in own]:
             pareto |= {name_of(method, f"K = {k}"): settings(method, max_latent=k) for k in range(1, K + 1)}
-        if "vanilla" in bench.methods:
+        if "vanilla" in own:
             pareto |= {name_of("vanilla", f"{bench.n_layer * m // 2} layers"): settings("vanilla", n_layer=bench.n_layer * m // 2) for m in (2, 3, 4, 6, 8)}
         quality.make(pareto, bench.seeds)
         quality.show("Loss against passes, at equal tokens:", list(pareto))
@@ -487,10 +495,10 @@ def plot(quality: Quality, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(8, 5))
-    for i, method in enumerate(METHODS):
-        points = sorted((r["flops"], r["val_loss"]) for r in quality.runs.values() if r["method"] == method)
+    for i, who in enumerate((*METHODS, NO_THOUGHTS)):
+        points = sorted((r["flops"], r["val_loss"]) for name, r in quality.runs.items() if name.startswith(f"{who}, "))
         if points:
-            axes.plot(*zip(*points), "o" if method != "adaptive" else "*", markersize=6 if method != "adaptive" else 11, label=method, color=f"C{i}", alpha=0.7)
+            axes.plot(*zip(*points), "o" if who != "adaptive" else "*", markersize=6 if who != "adaptive" else 11, label=who, color=f"C{i}", alpha=0.7)
     axes.set(xscale="log", xlabel="training FLOPs (counted)", ylabel="validation loss, nats per token")
     axes.legend()
     axes.grid(alpha=0.3)

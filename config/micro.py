@@ -1,0 +1,16 @@
+"""Smaller than tiny.py, so that bench.py quality can train a hundred of them in a few hours on a laptop CPU."""
+
+data = "data/python"
+out = "out/micro"
+n_layer = 3
+n_head = 4
+n_embd = 64
+n_ff = 172
+block_size = 128
+init_std = 0.079  # 1 / sqrt(2.5 d): the scaled embedding has unit RMS, as at the paper's widths
+max_latent = 3
+budget = 1.4
+beta = 2.0
+global_batch_size = 16
+max_steps = 300
+learning_rate = 6e-3
