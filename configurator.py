@@ -46,10 +46,10 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
     while argv:
         argument = argv.pop(0)
         if not argument.startswith("--"):
-            if argument.endswith(".py") and not (free and free[0].endswith("*")):
-                values.update(_read(argument, fields))
-            elif free and free[0].endswith("*"):
+            if free and free[0].endswith("*"):
                 values.setdefault(free[0][:-1], []).append(argument)
+            elif argument.endswith(".py") and not (free and not Path(argument).exists()):  # where there is none, it may be a prompt
+                values.update(_read(argument, fields))
             elif free:
                 name = free.pop(0)
                 values[name] = _parse(argument, fields[name], name)
@@ -71,7 +71,7 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
             if fields[key] is bool and (not argv or argv[0].lower() not in ("true", "false")):
                 text = "true"
             elif not argv:
-                raise BadInput(f"--{key} wants a value, such as --{key}={_default(cls, key)}")
+                raise BadInput(f"--{key} wants a value, such as --{key}={_default(cls.__dataclass_fields__[key])}")
             else:
                 text = argv.pop(0)
         values[key] = _parse(text, fields[key], f"--{key}")
@@ -132,8 +132,10 @@ def _parse(text: str, kind, where: str):
     raise BadInput(f"{where} is {text!r}, but must be {' or '.join(names[k] for k in kinds if k in names)}")
 
 
-def _default(cls, key: str):
-    return {field.name: field.default for field in dataclasses.fields(cls)}[key]
+def _default(field: dataclasses.Field) -> str:
+    if field.default is not dataclasses.MISSING:
+        return str(field.default)
+    return "" if field.default_factory is dataclasses.MISSING else " ".join(map(str, field.default_factory()))
 
 
 def _help(cls, positional: tuple[str, ...]) -> str:
@@ -145,6 +147,5 @@ def _help(cls, positional: tuple[str, ...]) -> str:
     lines = [(module.__doc__ or cls.__doc__ or "").strip(), "", f"usage: {Path(sys.argv[0]).name} "
              + " ".join([*(f"[{name.rstrip('*')}{' …' if name.endswith('*') else ''}]" for name in positional), "[config.py …]", "[--key=value …]"]), ""]
     for field in dataclasses.fields(cls):
-        default = "" if field.default is dataclasses.MISSING else field.default
-        lines.append(f"  --{field.name}={default}".ljust(34) + comments.get(field.name, ""))
+        lines.append(f"  --{field.name}={_default(field)}".ljust(34) + comments.get(field.name, ""))
     return "\n".join(lines)

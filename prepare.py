@@ -125,7 +125,7 @@ def find_files(inputs: list[str]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise BadInput(f"{path} does not exist; --input wants files or folders")
+            raise BadInput(f"{path} does not exist; want files or folders of text")
     return files
 
 

@@ -14,7 +14,7 @@ class Settings:
     rate: float = 0.5  # how fast
     fast: bool = False  # or not
     limit: int | None = None  # none: no limit
-    names: list[str] = field(default_factory=list)  # several
+    names: list[str] = field(default_factory=lambda: ["a", "b"])  # several
 
 
 def test_a_file_then_flags(tmp_path):
@@ -52,6 +52,13 @@ def test_wrong_settings(argv, words):
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
+def test_a_bare_argument_that_is_no_file_is_no_config_file(tmp_path):
+    (tmp_path / "a.py").write_text("steps = 3")
+    assert configure(Settings, [str(tmp_path / "a.py"), "import a.py"], positional=("run",)) == Settings(steps=3, run="import a.py")
+    with pytest.raises(BadInput, match="cannot be read"):
+        configure(Settings, [str(tmp_path / "b.py")])
+
+
 def test_a_config_file_runs_no_code(tmp_path):
     (tmp_path / "a.py").write_text(f"steps = open({str(tmp_path / 'made')!r}, 'w')\n")
     with pytest.raises(BadInput, match="line 1"):
@@ -63,4 +70,4 @@ def test_help_shows_defaults_and_comments(capsys):
     with pytest.raises(SystemExit) as stopped:
         configure(Settings, ["--help"])
     out = capsys.readouterr().out
-    assert stopped.value.code == 0 and "--steps=10" in out and "how many" in out and "none: no limit" in out
+    assert stopped.value.code == 0 and "--steps=10" in out and "how many" in out and "none: no limit" in out and "--names=a b " in out
