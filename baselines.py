@@ -145,8 +145,8 @@ class MoR(LLaMA):
             h, index = F.embedding(chosen, h), index[chosen]
         return self.norm(self.one_pass(done, tokens, [cache[n + 1]], layers[-1:])), depth.float(), depth.float()
 
-    def loss(self, logits: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _, ce, _ = super().loss(logits, targets, expected)
+    def loss(self, nats: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _, ce, _ = super().loss(nats, targets, expected)
         return ce + self.balancing * self.imbalance, ce, self.imbalance
 
 

@@ -13,7 +13,6 @@ What is notable here:
 * A thought belongs to the token that is said after it: the steps of a token are those of the state that predicts it.
 """
 
-import copy
 import difflib
 import itertools
 import json
@@ -191,7 +190,7 @@ def score(model: LLaMA, pairs: list, batch_size: int, tally: Tally, bar: str = "
         cache, members = Cache(), [i for job in batch for i in job]
         if shared(batch[0]):
             feed(model, [pairs[job[0]][0][: shared(job)] for job in batch], cache, tally)
-            cache = repeat(cache, [j for j, job in enumerate(batch) for _ in job])
+            cache = cache.rows([j for j, job in enumerate(batch) for _ in job])
         rest = [np.concatenate(pairs[i])[shared(job) : -1] for job in batch for i in job]
         h, steps, live = feed(model, rest, cache, tally)
         lengths = torch.tensor([len(pairs[i][1]) for i in members])
@@ -229,16 +228,6 @@ def read_out(model: LLaMA, h: Tensor, targets: Tensor, rows: int = 2048) -> tupl
         nats.append(F.cross_entropy(logits, y, reduction="none"))
         right.append((logits.argmax(1) == y).float())
     return torch.cat(nats), torch.cat(right)
-
-
-def repeat(cache: Cache, rows: list[int]) -> Cache:
-    """A cache whose row i is a copy of row rows[i] of the given one."""
-    new = copy.copy(cache)
-    new.next_pos, new.columns = cache.next_pos[rows], [copy.copy(column) for column in cache.columns]
-    for column in new.columns:
-        column.kv = {layer: (k[rows], v[rows]) for layer, (k, v) in column.kv.items()}
-        column.order, column.count = (None if t is None else t[rows] for t in (column.order, column.count))
-    return new
 
 
 def score_text(model: LLaMA, ids: np.ndarray, config: Eval, bar: str) -> tuple[Tensor, dict]:

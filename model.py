@@ -11,6 +11,7 @@ What is notable here (§ are sections of METHOD.md):
 * Router, reach, exit mass, softmax and losses are fp32, also under bf16 autocast.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 FAR = 2**30  # the order of an empty seat: later than every real token, so no real query sees it
+CHUNK = 2**27  # logits that are in memory at once where a loss is wanted: half a gigabyte in fp32
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Config:
 class Output:
     """What a forward returns. Shapes: logits (B, T, V); steps, expected_steps (B, T), 0 where no token is; scalars else."""
 
-    logits: Tensor
+    logits: Tensor | None  # None: too many to keep, the loss was taken chunk by chunk
     loss: Tensor | None  # ce + λ · ada (§4)
     ce: Tensor | None  # mean cross-entropy, nats per token
     ada: Tensor | None  # mean of q^β · Σ_k r[t,k] (§4)
@@ -197,6 +199,15 @@ class Cache:
     def upto(self, k: int) -> list[Column]:
         """Columns 0 … k: all that a query of step k may see (§2)."""
         return [self[j] for j in range(k + 1)]
+
+    def rows(self, chosen: list[int]) -> "Cache":
+        """A cache whose row i is a copy of row chosen[i] of this one: one prefill for many continuations."""
+        new = copy.copy(self)
+        new.next_pos, new.columns = self.next_pos[chosen], [copy.copy(column) for column in self.columns]
+        for column in new.columns:
+            column.kv = {layer: (k[chosen], v[chosen]) for layer, (k, v) in column.kv.items()}
+            column.order, column.count = (None if t is None else t[chosen] for t in (column.order, column.count))
+        return new
 
     def tokens(self, B: int, T: int, live: Tensor | None, device: torch.device) -> Tokens:
         """The next T tokens of every row, or of those that are live (B, T), as Tokens; advances the positions."""
@@ -375,22 +386,35 @@ class LLaMA(nn.Module):
         """
         B, T = idx.shape
         h, steps, expected, tokens = self.hidden(idx, Cache() if cache is None else cache, live)
-        logits = self.head(h)
-        self.matmul_flops += 2 * len(h) * h.size(1) * logits.size(1)
-        loss = ce = ada = None
+        self.matmul_flops += 2 * len(h) * self.head.weight.numel()
+        logits = loss = ce = ada = None
+        if targets is None or len(h) * self.config.vocab_size <= CHUNK:
+            logits = self.head(h)
         if targets is not None:
-            loss, ce, ada = self.loss(logits, targets.flatten() if live is None else targets[live], expected)
+            targets = targets.flatten() if live is None else targets[live]
+            loss, ce, ada = self.loss(self.nats(h, logits, targets), targets, expected)
 
-        def spread(packed: Tensor) -> Tensor:  # (N, …) → (B, T, …)
+        def spread(packed: Tensor | None) -> Tensor | None:  # (N, …) → (B, T, …)
+            if packed is None:
+                return None
             if live is not None:
                 packed = packed.new_zeros(B * T, *packed.shape[1:]).index_copy(0, live.flatten().nonzero().squeeze(1), packed)
             return packed.view(B, T, *packed.shape[1:])
 
         return Output(spread(logits), loss, ce, ada, spread(steps), spread(expected), cache)
 
-    def loss(self, logits: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """L = CE + λ · mean_t stopgrad(q_t^β) · Σ_k r[t,k] (§4) over the targets (N,) that are not -1; logits (N, V)."""
-        nats = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
+    def nats(self, h: Tensor, logits: Tensor | None, targets: Tensor) -> Tensor:
+        """Cross-entropy (N,) of each target, 0 where it is -1. Without logits: chunk by chunk, and again in the backward pass."""
+        def chunk(h: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(h).float(), targets, ignore_index=-1, reduction="none")
+
+        if logits is not None:
+            return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
+        size = max(1, CHUNK // self.config.vocab_size)
+        return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in zip(h.split(size), targets.split(size))])
+
+    def loss(self, nats: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L = CE + λ · mean_t stopgrad(q_t^β) · Σ_k r[t,k] (§4) over the targets (N,) that are not -1; nats (N,)."""
         real = targets != -1
         ce = nats.sum() / real.sum()
         ada = (torch.exp(-self.config.beta * nats.detach()) * expected * real).sum() / real.sum()  # q = exp(-nats)

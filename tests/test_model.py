@@ -310,6 +310,21 @@ def test_checkpointing_changes_no_number(method):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+def test_a_loss_in_chunks_is_the_loss(monkeypatch):
+    model, idx, targets = make(), text(), text(seed=2)
+    targets[0, :7] = -1
+    whole = model(idx, targets)
+    whole.loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(model_module, "CHUNK", 17 * 61)  # 120 tokens: seven chunks of 17, and one
+    chunked = model(idx, targets)
+    chunked.loss.backward()
+    assert whole.logits is not None and chunked.logits is None
+    torch.testing.assert_close([chunked.loss, chunked.ada], [whole.loss, whole.ada])
+    torch.testing.assert_close([p.grad for p in model.parameters()], gradients)
+
+
 def test_block_mask_is_the_dense_mask():
     """FlexAttention's mask, on CPU, against the boolean one that SDPA gets, and the kernels' results on real queries."""
     model, idx = make(), text(2, 40)
