@@ -3,6 +3,7 @@
     python bench.py flops                      counted on the executed graph, and by formula
     python bench.py flops config/410m.py       by formula alone: too big to execute here
     python bench.py speed                      training, prefill and decoding; time ratio against FLOP ratio
+    python bench.py growth                     time per token against the context, and against ℓ_max
     python bench.py quality --seeds=3 --jobs=2 --plot
 
 What is notable here:
@@ -42,12 +43,13 @@ from train import Train, autocast, load_checkpoint, make_optimizer, measure_roof
 
 @dataclass
 class Bench(Train):
-    what: str = ""  # flops, speed or quality
+    what: str = ""  # flops, speed, growth or quality
     methods: list[str] = field(default_factory=lambda: list(METHODS))  # which of the methods
     checkpoint: str = ""  # flops: take the mean latent steps of this trained model
     mean_latent: float = 1.5  # flops, speed: mean latent steps that adaptive is forced to where no checkpoint is given
     batch: int = 0  # flops, speed: sequences at once; 0: 4 on CPU, 8 on CUDA
-    rounds: int = 7  # speed: rounds, each of which times every method once
+    rounds: int = 7  # speed, growth: rounds, each of which times every method once
+    contexts: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])  # growth: context lengths
     seeds: int = 1  # quality: runs of each, from seed, seed + 1, …
     parts: list[str] = field(default_factory=lambda: ["rates", "tokens", "flops", "pareto"])  # quality: which of its tables
     rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # quality: learning rates, of which each method gets its best
@@ -58,8 +60,8 @@ class Bench(Train):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.what not in ("flops", "speed", "quality"):
-            raise ValueError(f"what to measure is {self.what!r}, but must be flops, speed or quality")
+        if self.what not in ("flops", "speed", "growth", "quality"):
+            raise ValueError(f"what to measure is {self.what!r}, but must be flops, speed, growth or quality")
         for name in self.methods:
             if name not in METHODS:
                 raise ValueError(f"--methods holds {name!r}, but must hold some of {', '.join(METHODS)}")
@@ -351,6 +353,30 @@ def bench_speed(bench: Bench) -> None:
     write_json(Path(bench.results) / f"speed-{kind}-{base.n_layer}x{base.n_embd}.json", info | {"roof": roof, "batch": B, "context": base.block_size, "methods": records})
 
 
+def bench_growth(bench: Bench) -> None:
+    """Prefill and decoding, batch 1, at a mean of one latent step: against the context, and against ℓ_max at the config's own context."""
+    device = pick_device(bench.device)
+    base = replace(bench.model_config(bench.vocab_size or 257), method="adaptive")
+    plan = {f"context {c}": (replace(base, block_size=c), 1.0) for c in bench.contexts}
+    plan |= {f"context {c}, vanilla": (replace(base, block_size=c, method="vanilla"), None) for c in bench.contexts}
+    plan |= {f"ℓ_max {k}": (replace(base, max_latent=k), min(1.0, k)) for k in (0, 1, 2, 3, 4, 6, 8)}
+    contestants = {name: Contestant(bench, config, mean, 1, device) for name, (config, mean) in plan.items()}
+    for i in tqdm(range(bench.rounds + 1), desc="rounds, the first to warm up", disable=not sys.stderr.isatty()):
+        for c in contestants.values():
+            c.times = c.times if i else {key: [] for key in c.times}
+            c.times["prefill"].append(timed(c.prefill, device) / c.idx.numel())
+            c.decode(1, min(32, c.config.block_size // 2 - 1))
+    micro = {name: {key: 1e6 * statistics.median(c.times[key]) for key in ("prefill", "decode 1")} for name, c in contestants.items()}
+    row = lambda name: [f"{micro[name][key]:,.0f}" for key in ("prefill", "decode 1")]
+    against = lambda name, other: [f"{micro[name][key] / micro[other][key]:.2f}" for key in ("prefill", "decode 1")]
+    print("Microseconds per token at a mean of one latent step:")
+    print(table(["context", "prefill", "decode", "vanilla: prefill", "decode", "ratio: prefill", "decode"],
+                [[str(c), *row(f"context {c}"), *row(f"context {c}, vanilla"), *against(f"context {c}", f"context {c}, vanilla")] for c in bench.contexts]))
+    print("\n" + table(["ℓ_max", "prefill", "decode"], [[name.split()[1], *row(name)] for name in plan if name.startswith("ℓ_max")]))
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    write_json(Path(bench.results) / f"growth-{kind}-{base.n_layer}x{base.n_embd}.json", about() | {"microseconds_per_token": micro})
+
+
 # ----------------------------------------------------------------------------------------------------------- quality
 
 
@@ -512,7 +538,7 @@ def main() -> None:
     if not any(argument.endswith(".py") for argument in argv):
         argv = [str(Path(__file__).with_name("config") / "tiny.py"), *argv]
     bench = configure(Bench, argv, positional=("what",))
-    {"flops": bench_flops, "speed": bench_speed, "quality": bench_quality}[bench.what](bench)
+    {"flops": bench_flops, "speed": bench_speed, "growth": bench_growth, "quality": bench_quality}[bench.what](bench)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,13 @@ def test_speed(measured, tmp_path):
     assert all(min(r["tokens_per_second"].values()) > 0 for r in result["methods"].values())
 
 
+def test_growth(measured, tmp_path):
+    measured("growth", "--contexts", "8", "16", "--rounds=1")
+    micro = json.loads((tmp_path / "results" / "growth-cpu-3x16.json").read_text())["microseconds_per_token"]
+    assert {"context 8", "context 16, vanilla", "ℓ_max 0", "ℓ_max 8"} <= set(micro)
+    assert all(time > 0 for times in micro.values() for time in times.values())
+
+
 def test_quality_reads_finished_runs_back(measured, tmp_path):
     (tmp_path / "text.txt").write_text("the quick brown fox " * 200)
     prepare.prepare(prepare.Prepare([str(tmp_path / "text.txt")], out=str(tmp_path), name="data"))
@@ -78,7 +85,7 @@ def test_quality_reads_finished_runs_back(measured, tmp_path):
     assert "other settings" in measured(*arguments, "--weight_decay=0.5", code=2)
 
 
-@pytest.mark.parametrize("arguments,words", [(["fly"], ["fly", "flops"]), ([], ["flops, speed or quality"]), (["flops", "--methods", "lop"], ["lop", "loop"]),
+@pytest.mark.parametrize("arguments,words", [(["fly"], ["fly", "flops"]), ([], ["flops, speed, growth or quality"]), (["flops", "--methods", "lop"], ["lop", "loop"]),
                                              (["flops", "--mean_latent=9"], ["mean_latent"]), (["flops", "--checkpoint=nowhere"], ["nowhere"])])
 def test_wrong_input(arguments, words, measured):
     err = measured(*arguments, code=2)
