@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
 def test_budget_controller_lands_on_its_budget():
     """On a plant that integrates: the router drifts up by what a thought is worth, and down by λ."""
     for worth in (0.005, 0.02, 0.05):
-        controller, steps, lam = BudgetController(1.0, 3, 300), 3.0, 0.0
+        controller, steps, lam = BudgetController(1.0, 3, 1000), 3.0, 0.0
         for step in range(2000):
             steps = min(3.0, max(0.0, steps + max(-0.02, min(0.02, worth - lam))))
             lam = controller.update(step, steps)
