@@ -261,6 +261,19 @@ def timed(f, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def kept_bytes(model: LLaMA, idx: Tensor, targets: Tensor) -> int:
+    """Bytes that a forward keeps for its backward, weights included: the larger part of the peak, and the same on every device."""
+    storages = {}
+
+    def note(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = model(idx, targets).loss  # keeps them alive, so that no address comes twice
+    return sum(storages.values())
+
+
 class Contestant:
     """One method, ready to be timed: a training step, a prefill, decoding at two batch sizes."""
 
@@ -273,7 +286,7 @@ class Contestant:
         self.optimizer = make_optimizer(self.model, bench)
         self.idx, self.targets = (torch.randint(0, config.vocab_size, (B, config.block_size), device=device) for _ in range(2))
         self.times: dict[str, list[float]] = {"training": [], "prefill": [], "decode 1": [], "decode 16": []}
-        self.training_flops, self.memory = 0.0, None
+        self.training_flops, self.memory = 0.0, 0
 
     def training(self) -> None:
         self.model.train()
@@ -304,8 +317,8 @@ class Contestant:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         self.times["training"].append(timed(self.training, self.device) / self.idx.numel())
-        self.memory = torch.cuda.max_memory_allocated() if cuda else None  # on a CPU the allocator keeps what others have used
         self.training_flops = (training_flops(self.model) - before) / self.idx.numel()
+        self.memory = torch.cuda.max_memory_allocated() if cuda else self.memory or kept_bytes(self.model, self.idx, self.targets)
         self.times["prefill"].append(timed(self.prefill, self.device) / self.idx.numel())
         for B in (1, 16):
             self.decode(B, new)
@@ -337,18 +350,18 @@ def bench_speed(bench: Bench) -> None:
         middle = {key: statistics.median(times) for key, times in c.times.items()}
         spread = {key: (max(times) - min(times)) / middle[key] for key, times in c.times.items()}
         records[name] = {"tokens_per_second": {key: 1 / t for key, t in middle.items()}, "spread": spread, "training_flops_per_token": c.training_flops,
-                         "mfu": c.training_flops / middle["training"] / roof, "peak_memory": c.memory}
+                         "mfu": c.training_flops / middle["training"] / roof, "memory": c.memory}
     reference = records.get("vanilla") or next(iter(records.values()))
     for r in records.values():
         r["time_ratio"] = reference["tokens_per_second"]["training"] / r["tokens_per_second"]["training"]
         r["flop_ratio"] = r["training_flops_per_token"] / reference["training_flops_per_token"]
-    print(table(["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU", "prefill tok/s", "decode tok/s, batch 1", "batch 16", "peak MiB"],
+    print(table(["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU", "prefill tok/s", "decode tok/s, batch 1", "batch 16", "peak MiB" if device.type == "cuda" else "kept MiB"],
                 [[name, f"{r['tokens_per_second']['training']:,.0f}", f"{r['spread']['training']:.0%}", f"{r['time_ratio']:.2f}", f"{r['flop_ratio']:.2f}",
                   f"{r['time_ratio'] / r['flop_ratio']:.2f}", f"{r['mfu']:.0%}", *(f"{r['tokens_per_second'][k]:,.0f}" for k in ("prefill", "decode 1", "decode 16")),
-                  f"{r['peak_memory'] / 2**20:,.0f}" if r["peak_memory"] else "–"] for name, r in records.items()]))
+                  f"{r['memory'] / 2**20:,.0f}"] for name, r in records.items()]))
     info = about()
     print(f"\n{info['machine']}, torch {info['torch']}; {B} × {base.block_size} tokens, medians of {bench.rounds} alternating rounds; roof {roof / 1e12:.3f} TFLOP/s; "
-          "adaptive is forced to a mean of latent steps; decoding starts at half the context")
+          "adaptive is forced to a mean of latent steps; decoding starts at half the context; kept: what a forward keeps for its backward, weights included")
     kind = "cuda" if device.type == "cuda" else "cpu"
     write_json(Path(bench.results) / f"speed-{kind}-{base.n_layer}x{base.n_embd}.json", info | {"roof": roof, "batch": B, "context": base.block_size, "methods": records})
 

@@ -2,16 +2,16 @@
 
 data = "data/python"
 out = "out/tiny"
-n_layer = 4
+n_layer = 3
 n_head = 4
 n_embd = 128
 n_ff = 344
 block_size = 256
+init_std = 0.056  # 1 / sqrt(2.5 d): the scaled embedding has unit RMS, as at the paper's widths
 max_latent = 3
 budget = 1.4
-router_bias = 0.0
 tau = 0.1
-beta = 1.0
+beta = 2.0
 global_batch_size = 8
-max_steps = 1000
-learning_rate = 2e-3
+max_steps = 800
+learning_rate = 4e-3
