@@ -282,7 +282,7 @@ class Contestant:
         self.model = make(config, device, mean)
         if bench.compile or (bench.compile is None and device.type == "cuda"):
             for block in self.model.blocks:
-                block.compile(dynamic=True)
+                block.compile()
         self.optimizer = make_optimizer(self.model, bench)
         self.idx, self.targets = (torch.randint(0, config.vocab_size, (B, config.block_size), device=device) for _ in range(2))
         self.times: dict[str, list[float]] = {"training": [], "prefill": [], "decode 1": [], "decode 16": []}

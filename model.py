@@ -253,7 +253,6 @@ def block_mask(query: Tensor, key: Tensor) -> BlockMask:
 _flex_attention = torch.compile(flex_attention, dynamic=True)
 
 
-@torch.compiler.disable  # the columns are plain Python: a compiled block breaks here, and its two halves are one graph each
 def attend(q: Tensor, k: Tensor, v: Tensor, layer: int, tokens: Tokens, columns: list[Column], mask) -> Tensor:
     """Appends k, v to the last column and attends to all of them. The one place that chooses a kernel.
 
@@ -293,12 +292,24 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, layer: int, tokens: Tokens, columns: list[Column], mask) -> Tensor:
         """x (N, d) → (N, d); rope (2, N, 1, hd)."""
-        q, k, v = self.wqkv(self.attn_norm(x)).view(len(x), 3, self.n_head, -1).unbind(1)  # (N, H, hd) each
-        q, k, v = (tokens.grid(t).transpose(1, 2) for t in (rotate(q, rope), rotate(k, rope), v))  # (B, H, A, hd) each
+        q, k, v = (tokens.grid(t).transpose(1, 2) for t in self.before(x, rope))  # (B, H, A, hd) each
         y = attend(q, k, v, layer, tokens, columns, mask)
-        x = x + self.wo(tokens.pack(y.transpose(1, 2)))
+        return self.after(x, tokens.pack(y.transpose(1, 2)))
+
+    def before(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention: x (N, d) → q, k, v (N, H, hd)."""
+        q, k, v = self.wqkv(self.attn_norm(x)).view(len(x), 3, self.n_head, -1).unbind(1)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """And after it: the residual x (N, d) and the heads' values y (N, d) → (N, d)."""
+        x = x + self.wo(y)
         gate, up = self.w13(self.ffn_norm(x)).chunk(2, -1)
         return x + self.w2(F.silu(gate) * up)
+
+    def compile(self, **options) -> None:
+        """Compiles `before` and `after`, in place: they see tensors alone, so one graph of each serves all layers and lengths."""
+        self.before, self.after = (torch.compile(f, dynamic=True, **options) for f in (self.before, self.after))
 
 
 FUSED = {"wqkv.weight": ("wq", "wk", "wv"), "w13.weight": ("w1", "w3")}

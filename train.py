@@ -309,7 +309,7 @@ def train(config: Train) -> dict:
     model.checkpointing = config.checkpointing
     if config.compile or (config.compile is None and device.type == "cuda"):
         for block in model.blocks:
-            block.compile(dynamic=True)
+            block.compile()
     wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
     roof = measure_roof(device) * world
     if main_process:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import model as model_module
 from baselines import METHODS, build
@@ -388,14 +389,23 @@ def test_padding_targets_do_not_count():
     torch.testing.assert_close(out.ce, want)
 
 
-def test_compiled_blocks_change_no_number():
+def test_compiled_blocks_change_no_number_and_are_compiled_once():
     model, idx, targets = make(), text(), text(seed=3)
     model(idx, targets).loss.backward()
     eager = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
+    counter = CompileCounterWithBackend("aot_eager")
     for block in model.blocks:
-        block.compile(dynamic=True, backend="aot_eager")
+        block.compile(backend=counter)
     model(idx, targets).loss.backward()
     for a, p in zip(eager, model.parameters()):
         torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-4)
+    first = counter.frame_count  # `before`, and `after` on a full and on a ragged batch, forward and backward
+    for T in (11, 23, 39):  # other numbers of live tokens
+        model(idx[:, :T], targets[:, :T]).loss.backward()
+    assert counter.frame_count == first <= 6
+    for _ in range(2):
+        list(model.generate([[1, 2, 3], [4]], 12, temperature=0))
+        list(model.generate([[1, 2, 3]], 12, temperature=0))
+    assert counter.frame_count <= first + 4  # both without gradients, and again for a single token
     assert set(model.state_dict()) == set(make().state_dict())
