@@ -238,7 +238,8 @@ def make_mask(tokens: Tokens, columns: list[Column]) -> Tensor | BlockMask | Non
     query, key = tokens.grid_order(), torch.cat([column.order[:, : column.size] for column in columns], 1)
     if query.is_cuda and torch.is_grad_enabled():
         return block_mask(query, key)
-    return key[:, None, None, :] <= query[:, None, :, None]  # (B, 1, A, S)
+    seen = key[:, None, None, :] <= query[:, None, :, None]  # (B, 1, A, S)
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -math.inf)  # added to scores: SDPA would make this anew in every layer
 
 
 def block_mask(query: Tensor, key: Tensor) -> BlockMask:
@@ -263,13 +264,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layer: int, tokens: Tokens, columns:
     if len(seen) > 1 and q.size(2) <= 4 and not torch.is_grad_enabled():  # decoding: join the scores, not the keys
         score = torch.cat([q @ k.mT for k, _ in seen], 3).float() / math.sqrt(q.size(-1))
         if mask is not None:
-            score = score.masked_fill(~mask, -math.inf)
+            score = score + mask
         shares = score.softmax(3).to(q.dtype).split([k.size(2) for k, _ in seen], 3)
         return sum(share @ v for share, (_, v) in zip(shares, seen))
     k, v = seen[0] if len(seen) == 1 else (torch.cat([t.transpose(1, 2) for t in ts], 1).transpose(1, 2) for ts in zip(*seen))  # as they lie in memory
     if isinstance(mask, BlockMask):
         return _flex_attention(q, k, v, block_mask=mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(2) > 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask.to(q.dtype), is_causal=mask is None and q.size(2) > 1)
 
 
 # ---------------------------------------------------------------------------------------------------- model
