@@ -20,7 +20,7 @@ from train import BudgetController, Data, Train, load_checkpoint, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(n_layer=2, n_head=2, n_embd=16, n_ff=24, block_size=16, max_steps=6, global_batch_size=4, eval_every=3, eval_windows=4, save_every=2,
-             learning_rate=3e-3, device="cpu", router_bias=0.5, tau=0.3, lam=0.01)
+             learning_rate=3e-3, device="cpu", init_std=0.02, router_bias=0.5, tau=0.3, lam=0.01, beta=1.0)
 
 
 @pytest.fixture(scope="session")
