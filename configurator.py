@@ -68,7 +68,7 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
             values[key] = [_parse(word, typing.get_args(fields[key])[0], f"--{key}") for word in words]
             continue
         if not equals:
-            if fields[key] is bool and (not argv or argv[0].lower() not in ("true", "false")):
+            if bool in (fields[key], *typing.get_args(fields[key])) and (not argv or argv[0].lower() not in ("true", "false", "none")):
                 text = "true"
             elif not argv:
                 raise BadInput(f"--{key} wants a value, such as --{key}={_default(cls.__dataclass_fields__[key])}")

@@ -14,6 +14,7 @@ class Settings:
     rate: float = 0.5  # how fast
     fast: bool = False  # or not
     limit: int | None = None  # none: no limit
+    compiled: bool | None = None  # none: wherever it pays
     names: list[str] = field(default_factory=lambda: ["a", "b"])  # several
 
 
@@ -28,6 +29,8 @@ def test_a_file_then_flags(tmp_path):
     (["--steps=3"], dict(steps=3)),
     (["--steps", "3", "--fast"], dict(steps=3, fast=True)),
     (["--fast", "false"], dict(fast=False)),
+    (["--compiled", "--steps=3"], dict(compiled=True, steps=3)),
+    (["--compiled", "None"], dict(compiled=None)),
     (["--rate=1e-3", "--limit=2"], dict(rate=1e-3, limit=2)),
     (["--names", "a", "b", "--steps=1"], dict(names=["a", "b"], steps=1)),
     (["out/x"], dict(run="out/x")),
