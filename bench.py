@@ -283,6 +283,7 @@ class Contestant:
         self.device, self.config, self.mean = device, config, mean
         self.model = make(config, device, mean)
         if bench.compile or (bench.compile is None and device.type == "cuda"):
+            torch._dynamo.config.recompile_limit = 64  # the contestants share the code of a block, and each may bring graphs of its own
             for block in self.model.blocks:
                 block.compile()
         self.optimizer = make_optimizer(self.model, bench)

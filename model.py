@@ -309,7 +309,7 @@ class Block(nn.Module):
         return x + self.w2(F.silu(gate) * up)
 
     def compile(self, **options) -> None:
-        """Compiles `before` and `after`, in place: they see tensors alone, so one graph of each serves all layers and lengths."""
+        """Compiles `before` and `after`, in place: they see tensors alone, so a few graphs serve all layers and lengths."""
         self.before, self.after = (torch.compile(f, dynamic=True, **options) for f in (self.before, self.after))
 
 
