@@ -4,7 +4,7 @@
     python bench.py flops config/410m.py       by formula alone: too big to execute here
     python bench.py speed                      training, prefill and decoding; time ratio against FLOP ratio
     python bench.py growth                     time per token against the context, and against ℓ_max
-    python bench.py quality --seeds=3 --jobs=2 --plot
+    python bench.py quality config/micro.py --seeds=3 --jobs=2 --plot
 
 What is notable here:
 * FLOPs are counted, not assumed: halted tokens are absent from what torch.utils.flop_counter sees. The closed formula is in
@@ -365,8 +365,7 @@ def bench_speed(bench: Bench) -> None:
     info = about()
     print(f"\n{info['machine']}, torch {info['torch']}; {B} × {base.block_size} tokens, medians of {bench.rounds} alternating rounds; roof {roof / 1e12:.3f} TFLOP/s; "
           "adaptive is forced to a mean of latent steps; decoding starts at half the context; kept: what a forward keeps for its backward, weights included")
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    write_json(Path(bench.results) / f"speed-{kind}-{base.n_layer}x{base.n_embd}.json", info | {"roof": roof, "batch": B, "context": base.block_size, "methods": records})
+    write_json(Path(bench.results) / f"speed-{device.type}-{base.n_layer}x{base.n_embd}.json", info | {"roof": roof, "batch": B, "context": base.block_size, "methods": records})
 
 
 def bench_growth(bench: Bench) -> None:
@@ -379,7 +378,8 @@ def bench_growth(bench: Bench) -> None:
     contestants = {name: Contestant(bench, config, mean, 1, device) for name, (config, mean) in plan.items()}
     for i in tqdm(range(bench.rounds + 1), desc="rounds, the first to warm up", disable=not sys.stderr.isatty()):
         for c in contestants.values():
-            c.times = c.times if i else {key: [] for key in c.times}
+            if i == 1:
+                c.times = {key: [] for key in c.times}
             c.times["prefill"].append(timed(c.prefill, device) / c.idx.numel())
             c.decode(1, min(32, c.config.block_size // 2 - 1))
     micro = {name: {key: 1e6 * statistics.median(c.times[key]) for key in ("prefill", "decode 1")} for name, c in contestants.items()}
@@ -389,8 +389,7 @@ def bench_growth(bench: Bench) -> None:
     print(table(["context", "prefill", "decode", "vanilla: prefill", "decode", "ratio: prefill", "decode"],
                 [[str(c), *row(f"context {c}"), *row(f"context {c}, vanilla"), *against(f"context {c}", f"context {c}, vanilla")] for c in bench.contexts]))
     print("\n" + table(["ℓ_max", "prefill", "decode"], [[name.split()[1], *row(name)] for name in plan if name.startswith("ℓ_max")]))
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    write_json(Path(bench.results) / f"growth-{kind}-{base.n_layer}x{base.n_embd}.json", about() | {"microseconds_per_token": micro})
+    write_json(Path(bench.results) / f"growth-{device.type}-{base.n_layer}x{base.n_embd}.json", about() | {"microseconds_per_token": micro})
 
 
 # ----------------------------------------------------------------------------------------------------------- quality

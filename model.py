@@ -330,7 +330,10 @@ def _join_fused(block: Block, state: dict, prefix: str, *_) -> None:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE on the two halves (a, b) of each head, as in Hugging Face's LLaMA: a cos − b sin, b cos + a sin. x (N, H, hd)."""
+    """RoPE on the two halves (a, b) of each head, as in Hugging Face's LLaMA: a cos − b sin, b cos + a sin. x (N, H, hd).
+
+    rope (2, N, 1, hd): the cosines twice, and the sines, the first time negated.
+    """
     cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin).to(x.dtype)
 

@@ -26,7 +26,7 @@ def call(monkeypatch, capsys):
         except SystemExit as stopped:
             got = stopped.code
         out, err = capsys.readouterr()
-        assert got == code and (code != 2 or len(err.splitlines()) == 1), err
+        assert got == code and (code != 2 or len(err.splitlines()) == 1 and err.startswith(f"{script}.py: ")), err
         return out, err
     return call
 
