@@ -516,14 +516,14 @@ def bench_quality(bench: Bench) -> None:
         quality.make(wanted, bench.seeds)
         quality.show("At equal training FLOPs, those of adaptive; the number of steps is what they buy:", list(wanted))
     if "pareto" in bench.parts:
-        pareto = {}
+        pareto = {name_of(who): settings(who) for who in own if who in ("vanilla", "adaptive", "loop", "pause", "ponder", "ponder2")}
         if "adaptive" in own:
             pareto |= {name_of("adaptive", f"budget {b:g}"): settings("adaptive", budget=b) for b in bench.budgets if b <= K}
             pareto[name_of("adaptive", "all steps")] = settings("adaptive", budget=None, tau=0.0)
         for method in [m for m in ("loop", "pause", "ponder", "ponder2") if m in own]:
-            pareto |= {name_of(method, f"K = {k}"): settings(method, max_latent=k) for k in range(1, K + 1)}
+            pareto |= {name_of(method, f"K = {k}"): settings(method, max_latent=k) for k in range(1, K + 1) if k != own[method]["max_latent"]}
         if "vanilla" in own:
-            pareto |= {name_of("vanilla", f"{bench.n_layer * m // 2} layers"): settings("vanilla", n_layer=bench.n_layer * m // 2) for m in (2, 3, 4, 6, 8)}
+            pareto |= {name_of("vanilla", f"{bench.n_layer * m} layers"): settings("vanilla", n_layer=bench.n_layer * m) for m in (2, 3, 4)}
         quality.make(pareto, bench.seeds)
         quality.show("Loss against passes, at equal tokens:", list(pareto))
     if bench.plot:

@@ -46,7 +46,7 @@ class Config:
     tau: float = 0.1  # τ: a step is executed while its reach is at least this
     lam: float = 0.0  # λ: weight of the adaptive loss
     beta: float = 1.0  # β: exponent of the correctness weight q^β
-    router_bias: float = 0.0  # b at the start: reach 1/2, 1/4, 1/8, so that early exits are learnt as fast as late ones
+    router_bias: float = 2.0  # b at the start: reach 0.88, 0.78, 0.68, so that every step is learnt before any is pruned
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):

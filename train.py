@@ -184,15 +184,15 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu"):
 class BudgetController:
     """Steers λ so that the mean of executed latent steps lands on the budget: proportional + integral, damped.
 
-    The aim falls from ℓ_max to the budget over the first 30 % of training, so that λ rises from 0 and every step is learnt
+    The aim falls from ℓ_max to the budget over the first half of training, so that λ rises from 0 and every step is learnt
     before any is pruned. e = running mean (0.9) of executed steps − aim; λ = kp · e + I, I += ki · e per step, both at least
-    0. A shorter training has a quicker integral.
+    0. A shorter training has a quicker integral. The router's learning rate does not decay: λ keeps its grip to the end.
     """
 
     kp = 0.15
 
     def __init__(self, budget: float, most: int, max_steps: int) -> None:
-        self.budget, self.most, self.ramp, self.ki = budget, most, 0.3 * max_steps, 3 / max_steps
+        self.budget, self.most, self.ramp, self.ki = budget, most, 0.5 * max_steps, 3 / max_steps
         self.mean, self.integral = float(most), 0.0
 
     def update(self, step: int, steps: float) -> float:
@@ -219,7 +219,7 @@ def make_optimizer(model: LLaMA, config: Train) -> torch.optim.AdamW:
     rest = [p for p in named.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     if router:  # Adam moves each weight by the learning rate, and so a logit over d features by d times that: too fast to steer
-        groups.append({"params": router, "weight_decay": 0.0, "speed": 8 / config.n_embd})
+        groups.append({"params": router, "weight_decay": 0.0, "lr": 8 / config.n_embd * config.learning_rate})
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
@@ -345,8 +345,8 @@ def train(config: Train) -> dict:
         began = time.perf_counter()
         torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # a method that draws (ponder2) draws the same after a resume
         rate = learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("speed", 1.0)
+        for group in optimizer.param_groups[:2]:  # the router's, the third, stays as it is
+            group["lr"] = rate
         flops, lam = training_flops(model), model.lam
         metrics = torch.zeros(4 + model.max_latent, device=device)  # loss, ce, ada, stop, share of tokens that reached step 1 …
         for i in range(rank * share, (rank + 1) * share, micro):

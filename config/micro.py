@@ -12,5 +12,5 @@ max_latent = 3
 budget = 1.4
 beta = 2.0
 global_batch_size = 16
-max_steps = 300
-learning_rate = 6e-3
+max_steps = 400
+learning_rate = 9e-3
