@@ -470,35 +470,38 @@ class LLaMA(nn.Module):
             raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: want >= 0, >= 1 and in (0, 1]")
         device, context = self.embed.weight.device, self.config.block_size
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        running, cache, window = torch.ones(len(rows), dtype=torch.bool), Cache(), context
+        running, cache, window = list(range(len(rows))), Cache(), context  # running: the rows that have not ended
         for _ in range(max_new_tokens):
+            take = 1
             if cache.length == 0 or cache.length == context:
-                fed = [row[-window:] if run else [] for row, run in zip(rows, running.tolist())]
-                cache, window = Cache(), max(1, context // 2)
-            else:
-                fed = [row[-1:] if run else [] for row, run in zip(rows, running.tolist())]
-            T = max(map(len, fed))
+                take, window, cache = window, max(1, context // 2), Cache()
+            fed = [[]] * len(rows)
+            for i in running:
+                fed[i] = rows[i][-take:]
+            lengths = [len(row) for row in fed]
+            T = max(lengths)
             tokens = torch.tensor([row + [0] * (T - len(row)) for row in fed], device=device)
-            live = None if all(len(row) == T for row in fed) else torch.tensor([[t < len(row) for t in range(T)] for row in fed], device=device)
+            live = None if min(lengths) == T else torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
             with self.dials(tau, max_latent):
-                h, steps, expected, who = self.hidden(tokens, cache, live)
-            last = F.pad(who.row[1:] != who.row[:-1], (0, 1), value=True)  # the newest token of each running row
-            logits = self.head(h[last]).float()
+                h, steps, expected, _ = self.hidden(tokens, cache, live)
+            if len(h) > len(running):  # of a prompt, the newest token
+                newest = torch.tensor([length for length in lengths if length], device=device).cumsum(0) - 1
+                h, steps, expected = h[newest], steps[newest], expected[newest]
+            logits = self.head(h).float()
             self.matmul_flops += 2 * len(logits) * h.size(1) * logits.size(1)
             token = sample(logits, temperature, top_k, top_p, generator)
             prob = logits.softmax(1).gather(1, token[:, None]).squeeze(1)
+            at = torch.tensor(running, device=device)
 
             def spread(packed: Tensor) -> Tensor:  # (rows that run,) → (B,)
-                return packed.new_zeros(len(rows)).index_copy(0, who.row[last], packed)
+                return packed if len(at) == len(rows) else packed.new_zeros(len(rows)).index_copy(0, at, packed)
 
-            yield Generated(spread(token), spread(prob), spread(steps[last]), spread(expected[last]), running.to(device))
-            for row, new, run in zip(rows, spread(token).tolist(), running.tolist()):
-                if run:
-                    row.append(new)
-            if stop is not None:
-                running = running & torch.tensor([row[-1] != stop for row in rows])
-                if not running.any():
-                    return
+            yield Generated(spread(token), spread(prob), spread(steps), spread(expected), spread(torch.ones_like(at, dtype=torch.bool)))
+            for i, new in zip(running, token.tolist()):
+                rows[i].append(new)
+            running = [i for i in running if rows[i][-1] != stop]
+            if not running:
+                return
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:
