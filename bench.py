@@ -358,7 +358,8 @@ def bench_speed(bench: Bench) -> None:
     for r in records.values():
         r["time_ratio"] = reference["tokens_per_second"]["training"] / r["tokens_per_second"]["training"]
         r["flop_ratio"] = r["training_flops_per_token"] / reference["training_flops_per_token"]
-    print(table(["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU", "prefill tok/s", "decode tok/s, batch 1", "batch 16", "peak MiB" if device.type == "cuda" else "kept MiB"],
+    print(table(["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU",
+                 "prefill tok/s", "decode tok/s, batch 1", "batch 16", "peak MiB" if device.type == "cuda" else "kept MiB"],
                 [[name, f"{r['tokens_per_second']['training']:,.0f}", f"{r['spread']['training']:.0%}", f"{r['time_ratio']:.2f}", f"{r['flop_ratio']:.2f}",
                   f"{r['time_ratio'] / r['flop_ratio']:.2f}", f"{r['mfu']:.0%}", *(f"{r['tokens_per_second'][k]:,.0f}" for k in ("prefill", "decode 1", "decode 16")),
                   f"{r['memory'] / 2**20:,.0f}"] for name, r in records.items()]))

@@ -420,13 +420,14 @@ class LLaMA(nn.Module):
 
     def nats(self, h: Tensor, logits: Tensor | None, targets: Tensor) -> Tensor:
         """Cross-entropy (N,) of each target, 0 where it is -1. Without logits: chunk by chunk, and again in the backward pass."""
-        def chunk(h: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(h).float(), targets, ignore_index=-1, reduction="none")
+
+        def nats_of(logits: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
 
         if logits is not None:
-            return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
-        size = max(1, CHUNK // self.config.vocab_size)
-        return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in zip(h.split(size), targets.split(size))])
+            return nats_of(logits, targets)
+        parts = zip(*(t.split(max(1, CHUNK // self.config.vocab_size)) for t in (h, targets)))
+        return torch.cat([checkpoint(lambda h, targets: nats_of(self.head(h), targets), *part, use_reentrant=False) for part in parts])
 
     def loss(self, nats: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L = CE + λ · mean_t stopgrad(q_t^β) · Σ_k r[t,k] (§4) over the targets (N,) that are not -1; nats (N,)."""
