@@ -169,6 +169,13 @@ def test_budget_controller_lands_on_its_budget():
         assert abs(steps - 1.0) < 0.1 and abs(lam - worth) < 0.2 * worth
 
 
+def test_router_keeps_its_learning_rate(data, tmp_path):
+    train(Train(out=str(tmp_path / "run"), data=str(data), **SMALL))
+    matrices, vectors, router = load_checkpoint(tmp_path / "run")[2]["optimizer"]["param_groups"]
+    assert len(router["params"]) == 1 and router["lr"] == 8 / SMALL["n_embd"] * SMALL["learning_rate"]
+    assert matrices["lr"] == vectors["lr"] < SMALL["learning_rate"]
+
+
 # ----------------------------------------------------------------------------------------------------- wrong input
 
 
