@@ -418,14 +418,14 @@ class Quality:
     def __init__(self, bench: Bench) -> None:
         self.bench, self.path = bench, Path(bench.results) / f"quality-{bench.n_layer}x{bench.n_embd}-{bench.max_steps}.json"
         self.base = {f.name: getattr(bench, f.name) for f in fields(Train)}
-        self.base |= {"eval_every": max(1, bench.max_steps // 10), "save_every": bench.max_steps, "resume": False}
+        self.base |= {"eval_every": max(1, bench.max_steps // 10), "save_every": bench.max_steps, "log_every": 1, "resume": False}
         stored = json.loads(self.path.read_text()) if self.path.exists() else {"settings": self._settings(), "runs": {}}
         if stored["settings"] != self._settings():
             raise BadInput(f"{self.path} holds runs of other settings: remove it, or name another folder with --results")
         self.runs = stored["runs"]
 
     def _settings(self) -> dict:
-        return {k: v for k, v in self.base.items() if k not in ("out", "device", "compile", "seed", "method", "budget", "log_every", "resume")}
+        return {k: v for k, v in self.base.items() if k not in ("out", "device", "compile", "seed", "method", "resume")}
 
     def make(self, wanted: dict[str, dict], seeds: int) -> None:
         """Makes the runs that are not there yet: name → settings that differ from the base; each for every seed."""
@@ -443,15 +443,18 @@ class Quality:
     def _results(self, missing: dict[str, dict]) -> Iterator[tuple[str, dict]]:
         """The missing runs as they finish: in this process, or `jobs` at a time in others."""
         jobs, threads = self.bench.jobs, torch.get_num_threads()
-        tasks = {name: (self.base | settings, max(1, threads // jobs), f"{self.bench.out}-quality/{name.replace(', ', '-').replace(' ', '')}")
+        tasks = {name: (self.base | settings, max(1, threads // jobs), f"{self.bench.out}-quality-{self.bench.max_steps}/{name.replace(', ', '-').replace(' ', '')}")
                  for name, settings in missing.items()}
         if jobs == 1:
             yield from ((name, one_run(*task)) for name, task in tasks.items())
             return
         with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
             running = {pool.submit(one_run, *task): name for name, task in tasks.items()}
-            for future in as_completed(running):
-                yield running[future], future.result()
+            try:
+                for future in as_completed(running):
+                    yield running[future], future.result()
+            finally:  # after an interruption or a run that diverged no other is begun
+                pool.shutdown(cancel_futures=True)
 
     def of(self, name: str) -> list[dict]:
         seeds = range(self.bench.seed, self.bench.seed + self.bench.seeds)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from baselines import build
 from configurator import BadInput, configure, run
-from model import Config, LLaMA
+from model import AdaptiveLatentCoT, Config, LLaMA
 from prepare import describe, ranks_to_text, restore_tokenizer
 
 FORMAT = "nanoLatentCoT 1"
@@ -68,8 +68,8 @@ class Train(Config):
             raise ValueError("vocab_size and micro_batch_size must be 0 or more, max_steps and global_batch_size 1 or more")
         if min(self.eval_every, self.eval_windows, self.save_every, self.log_every) < 1:
             raise ValueError("eval_every, eval_windows, save_every and log_every must be 1 or more")
-        if self.max_latent == 0:
-            self.budget = None  # nothing to steer
+        if self.max_latent == 0 or self.method != "adaptive":
+            self.budget, self.lam = None, 0.0  # nothing to steer
         if self.budget is not None and not 0 <= self.budget <= self.max_latent:
             raise ValueError(f"budget is {self.budget}, but must lie between 0 and max_latent {self.max_latent}")
 
@@ -214,7 +214,7 @@ def learning_rate(config: Train, step: int) -> float:
 
 def make_optimizer(model: LLaMA, config: Train) -> torch.optim.AdamW:
     named = dict(model.named_parameters())
-    router = [named.pop(name) for name in list(named) if name == "router.weight"]
+    router = [named.pop(name) for name in list(named) if name == "router.weight" and isinstance(model, AdaptiveLatentCoT)]
     matrices = [p for p in named.values() if p.dim() >= 2]
     rest = [p for p in named.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -254,6 +254,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise BadInput(f"--device={name} cannot be used here; want cpu{', cuda' if torch.cuda.is_available() else ''}") from None
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -277,7 +279,7 @@ def train(config: Train) -> dict:
     if config.global_batch_size % world:
         raise BadInput(f"global_batch_size {config.global_batch_size} does not divide among {world} processes")
     share = config.global_batch_size // world
-    micro = config.micro_batch_size or share
+    micro = min(config.micro_batch_size or share, share)
     if share % micro:
         raise BadInput(f"the {share} sequences of a process (global_batch_size {config.global_batch_size} / {world}) do not divide into micro_batch_size {micro}")
     data = Data(config.data, config.block_size)
@@ -296,7 +298,7 @@ def train(config: Train) -> dict:
     optimizer, start, tokens, seconds = make_optimizer(model, config), 0, 0, 0.0
     controller = None if config.budget is None else BudgetController(config.budget, config.max_latent, config.max_steps)
     if config.resume and path.exists():
-        saved, _, checkpoint = load_checkpoint(path, device)
+        saved, _, checkpoint = load_checkpoint(path)
         check_resumed(config, checkpoint, data)
         model.load_state_dict(saved.state_dict())
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -304,13 +306,14 @@ def train(config: Train) -> dict:
         model.matmul_flops, model.attention_flops = checkpoint["flops"]
         if controller:
             controller.mean, controller.integral = checkpoint["controller"]
+        del saved, checkpoint  # as large as the model and its optimizer
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model.checkpointing = config.checkpointing
     if config.compile or (config.compile is None and device.type == "cuda"):
         for block in model.blocks:
             block.compile()
-    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False) if world > 1 else model
     roof = measure_roof(device) * world
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
