@@ -139,6 +139,8 @@ class MoR(LLaMA):
         for r in range(n):
             h = g[index, r][:, None] * self.one_pass(h, who, [cache[r + 1]], layers[1:-1])
             done = done.index_add(0, index, (h + first[index]) * (depth[index] == r)[:, None])
+            if r == n - 1:
+                break
             who, chosen = who.select(depth[index] > r)
             if len(chosen) == 0:
                 break

@@ -60,6 +60,8 @@ class Bench(Train):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.method != "adaptive":
+            raise ValueError(f"--method={self.method} is not read here; name the methods to measure with --methods")
         if self.what not in ("flops", "speed", "growth", "quality"):
             raise ValueError(f"what to measure is {self.what!r}, but must be flops, speed, growth or quality")
         for name in self.methods:
@@ -128,8 +130,11 @@ class ForcedRouter(nn.Module):
 def make(config: Config, device: torch.device | str, mean_latent: float | None = None) -> LLaMA:
     """A model of config.method; adaptive is forced to mean_latent steps, unless that is None."""
     torch.manual_seed(0)
-    with torch.device(device):
-        model = build(config)
+    try:
+        with torch.device(device):
+            model = build(config)
+    except ValueError as error:
+        raise BadInput(f"{config.method}: {error}") from None
     if isinstance(model, AdaptiveLatentCoT) and mean_latent is not None:
         model.router = ForcedRouter(model.router, going_on(mean_latent, config.max_latent))
     return model
@@ -209,34 +214,33 @@ def bench_flops(bench: Bench) -> None:
     mean = bench.mean_latent
     if bench.checkpoint:
         model, _, _ = load_checkpoint(bench.checkpoint)
-        bench = replace(bench, **{f.name: getattr(model.config, f.name) for f in fields(Config)})
-        steps = [json.loads(line)["val_steps"] for line in (Path(bench.checkpoint) / "log.jsonl").read_text().splitlines() if "val_steps" in line]
+        if model.config.method != "adaptive":
+            raise BadInput(f"{bench.checkpoint} is a model of method {model.config.method}; its latent steps are wanted, and so an adaptive one")
+        log = (Path(bench.checkpoint) if Path(bench.checkpoint).is_dir() else Path(bench.checkpoint).parent) / "log.jsonl"
+        steps = [json.loads(line)["val_steps"] for line in (log.read_text().splitlines() if log.exists() else []) if "val_steps" in line]
+        if not steps:
+            raise BadInput(f"{log} holds no evaluation, and so no mean of latent steps")
         mean = steps[-1]
+        bench = replace(bench, mean_latent=mean, **{f.name: getattr(model.config, f.name) for f in fields(Config)})
     vocab_size = bench.vocab_size or 257
     B, T, records = bench.batch or 4, bench.block_size, {}
     small = bench.n_layer * bench.n_embd**2 < 4e6
     for name in bench.methods:
         config = replace(bench.model_config(vocab_size), method=name, max_latent=1 if name == "ponder2" else bench.max_latent)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in build(config).parameters())
-        record = {"parameters": parameters}
-        reached, rounds = expected_passes(config, T, B, mean), 2.5
+        parameters = sum(p.numel() for p in make(config, "meta").parameters())
+        record, reached = {"parameters": parameters}, expected_passes(config, T, B, mean)
         if small:
             model = make(config, "cpu", mean).eval()  # in eval mode ponder2 takes 3 rounds
             idx, targets = (torch.randint(0, vocab_size, (B, T)) for _ in range(2))
             total, reached = counted(model, idx, targets)
-            rounds = 3
-            matmul, attention = formula(config, B, T, reached, rounds)
+            matmul, attention = formula(config, B, T, reached, 3)
             record |= {"counted": total / B / T, "counted_equals_formula": total == 3 * matmul + 3.5 * attention}
-        low, high = (formula(config, B, T, reached, math.floor(rounds)), formula(config, B, T, reached, math.ceil(rounds)))
-        matmul, attention = ((a + b) / 2 for a, b in zip(low, high))
+        matmul, attention = ((two + three) / 2 for two, three in zip(formula(config, B, T, reached, 2), formula(config, B, T, reached, 3)))  # ponder2 draws
         blocks = config.n_layer * (4 * config.n_embd**2 + 3 * config.n_embd * config.n_ff)
         passes = (matmul - formula(replace(config, method="vanilla"), B, T, [])[0]) / (2 * B * T * blocks) + 1
-        context = sum(A for _, A in reached) or T
-        decode_passes = passes if name != "ponder2" else config.max_latent + 1
-        record |= {"training": (3 * matmul + 3.5 * attention) / B / T, "prefill": (matmul + attention) / B / T, "passes": passes,
-                   "decode": decode_passes * (2 * blocks + 4 * config.n_layer * config.n_embd * context) + 2 * config.n_embd * vocab_size,
-                   "estimate": 6 * parameters * passes}
+        one_token = sum(formula(replace(config, method="pause"), B, T, [])) if name == "ponder2" else matmul + attention  # ponder2 decodes without Jacobi
+        record |= {"training": (3 * matmul + 3.5 * attention) / B / T, "prefill": sum(formula(config, B, T, reached, 3)) / B / T, "passes": passes,
+                   "decode": one_token / B / T, "estimate": 6 * parameters * passes}
         records[name] = record
     vanilla = records.get("vanilla", {}).get("training")
     print(table(["method", "parameters", "passes", "training / token", "× vanilla", "counted = formula", "6 N passes", "prefill / token", "decode / token"],
@@ -289,7 +293,8 @@ class Contestant:
         self.optimizer = make_optimizer(self.model, bench)
         self.idx, self.targets = (torch.randint(0, config.vocab_size, (B, config.block_size), device=device) for _ in range(2))
         self.times: dict[str, list[float]] = {"training": [], "prefill": [], "decode 1": [], "decode 16": []}
-        self.training_flops, self.memory = 0.0, 0
+        self.training_flops: list[float] = []  # of each round, per token: ponder2 draws its rounds
+        self.memory = 0
 
     def training(self) -> None:
         self.model.train()
@@ -320,7 +325,7 @@ class Contestant:
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         self.times["training"].append(timed(self.training, self.device) / self.idx.numel())
-        self.training_flops = (training_flops(self.model) - before) / self.idx.numel()
+        self.training_flops.append((training_flops(self.model) - before) / self.idx.numel())
         self.memory = torch.cuda.max_memory_allocated() if cuda else self.memory or kept_bytes(self.model, self.idx, self.targets)
         self.times["prefill"].append(timed(self.prefill, self.device) / self.idx.numel())
         for B in (1, 16):
@@ -342,7 +347,7 @@ def bench_speed(bench: Bench) -> None:
     contestants = {name: Contestant(bench, config, mean, B, device) for name, (config, mean) in plan.items()}
     for contestant in tqdm(contestants.values(), desc="warming up", disable=not sys.stderr.isatty()):
         contestant.round(new)
-        contestant.times = {key: [] for key in contestant.times}
+        contestant.times, contestant.training_flops = {key: [] for key in contestant.times}, []
     roof = measure_roof(device)
     for _ in tqdm(range(bench.rounds), desc="rounds", disable=not sys.stderr.isatty()):
         for contestant in contestants.values():
@@ -352,8 +357,9 @@ def bench_speed(bench: Bench) -> None:
     for name, c in contestants.items():
         middle = {key: statistics.median(times) for key, times in c.times.items()}
         spread = {key: (max(times) - min(times)) / middle[key] for key, times in c.times.items()}
-        records[name] = {"tokens_per_second": {key: 1 / t for key, t in middle.items()}, "spread": spread, "training_flops_per_token": c.training_flops,
-                         "mfu": c.training_flops / middle["training"] / roof, "memory": c.memory}
+        per_second = [flops / t for flops, t in zip(c.training_flops, c.times["training"])]
+        records[name] = {"tokens_per_second": {key: 1 / t for key, t in middle.items()}, "spread": spread, "training_flops_per_token": statistics.median(c.training_flops),
+                         "mfu": statistics.median(per_second) / roof, "memory": c.memory}
     reference = records.get("vanilla") or next(iter(records.values()))
     for r in records.values():
         r["time_ratio"] = reference["tokens_per_second"]["training"] / r["tokens_per_second"]["training"]

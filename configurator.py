@@ -35,8 +35,8 @@ def run(main) -> None:
 def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = ()):
     """An instance of the dataclass cls from the command line (default: sys.argv).
 
-    A bare argument that ends in .py is a config file; other bare arguments fill the fields named in `positional`, in order;
-    a last name with a star takes all that follow. Later settings win. Raises BadInput. `--help` prints and exits.
+    A bare argument that ends in .py is a config file; other bare arguments fill the fields named in `positional`, in order.
+    Later settings win. Raises BadInput. `--help` prints and exits.
     """
     argv, values, free = list(sys.argv[1:] if argv is None else argv), {}, list(positional)
     fields = typing.get_type_hints(cls)
@@ -46,9 +46,7 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
     while argv:
         argument = argv.pop(0)
         if not argument.startswith("--"):
-            if free and free[0].endswith("*"):
-                values.setdefault(free[0][:-1], []).append(argument)
-            elif argument.endswith(".py") and not (free and not Path(argument).exists()):  # where there is none, it may be a prompt
+            if argument.endswith(".py") and not (free and not Path(argument).exists()):  # where there is none, it may be a prompt
                 values.update(_read(argument, fields))
             elif free:
                 name = free.pop(0)
@@ -145,7 +143,7 @@ def _help(cls, positional: tuple[str, ...]) -> str:
             comments[name] = comment
     module = sys.modules[cls.__module__]
     lines = [(module.__doc__ or cls.__doc__ or "").strip(), "", f"usage: {Path(sys.argv[0]).name} "
-             + " ".join([*(f"[{name.rstrip('*')}{' …' if name.endswith('*') else ''}]" for name in positional), "[config.py …]", "[--key=value …]"]), ""]
+             + " ".join([*(f"[{name}]" for name in positional), "[config.py …]", "[--key=value …]"]), ""]
     for field in dataclasses.fields(cls):
         lines.append(f"  --{field.name}={_default(field)}".ljust(34) + comments.get(field.name, ""))
     return "\n".join(lines)

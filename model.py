@@ -99,7 +99,7 @@ class Tokens:
     newest: bool  # one token a row came in, so that nothing in the cache is later than these
 
     def select(self, live: Tensor) -> "tuple[Tokens, Tensor]":
-        """The tokens where live (N,) is true, and their indices (n,). Costs the one host sync of a pass."""
+        """The tokens where live (N,) is true, and their indices (n,). Costs a host sync, in training the only one of a pass."""
         count = torch.zeros(self.B, dtype=torch.long, device=live.device).index_add_(0, self.row, live.long())
         n, longest = torch.stack((count.sum(), count.max())).tolist()
         index = live.nonzero_static(size=n).squeeze(1)
@@ -165,7 +165,7 @@ class Column:
     def put(self, layer: int, tokens: Tokens, k: Tensor, v: Tensor) -> None:
         """Stores keys and values (B, H, A, hd) of the pass that called reserve."""
         if self.fresh:
-            self.kv[layer] = (k, v)
+            self.kv.setdefault(layer, (k, v))  # activation checkpointing comes by a second time
             return
         for buffer, new in zip(self.kv[layer], (k, v)):
             rows, seats = self.where
@@ -239,7 +239,9 @@ def make_mask(tokens: Tokens, columns: list[Column]) -> Tensor | BlockMask | Non
     if query.is_cuda and torch.is_grad_enabled():
         return block_mask(query, key)
     seen = key[:, None, None, :] <= query[:, None, :, None]  # (B, 1, A, S)
-    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -math.inf)  # added to scores: SDPA would make this anew in every layer
+    device = seen.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.get_default_dtype()
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)  # added to scores: SDPA would make this anew in every layer
 
 
 def block_mask(query: Tensor, key: Tensor) -> BlockMask:
@@ -248,10 +250,11 @@ def block_mask(query: Tensor, key: Tensor) -> BlockMask:
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (key[b, k] <= query[b, q]) & (query[b, q] < FAR)
 
-    return create_block_mask(mask_mod, query.size(0), None, query.size(1), key.size(1), device=query.device, _compile=query.is_cuda)
+    make = _create_block_mask if query.is_cuda else create_block_mask
+    return make(mask_mod, query.size(0), None, query.size(1), key.size(1), device=query.device)
 
 
-_flex_attention = torch.compile(flex_attention, dynamic=True)
+_create_block_mask, _flex_attention = (torch.compile(f, dynamic=True) for f in (create_block_mask, flex_attention))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, layer: int, tokens: Tokens, columns: list[Column], mask) -> Tensor:
@@ -543,6 +546,8 @@ class AdaptiveLatentCoT(LLaMA):
             live = (onward >= self.tau) & (k < self.max_latent)
             onward = onward.where(live, 0)  # the last executed step takes all that is left
             mixture.index_add_(0, index, (reach - onward)[:, None] * h.float())  # h̄ += p[t,k] · h[t,k]
+            if k == self.max_latent:
+                break
             tokens, chosen = tokens.select(live)
             if len(chosen) == 0:
                 break

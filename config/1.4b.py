@@ -11,7 +11,6 @@ n_ff = 5504
 init_std = 0.01
 max_latent = 3
 budget = 2.43  # the paper's 1.4B: 3.43 mean passes of 4
-router_bias = 2.0
 tau = 0.1
 global_batch_size = 256
 micro_batch_size = 4

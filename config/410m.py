@@ -11,7 +11,6 @@ n_ff = 2752
 init_std = 0.02
 max_latent = 3
 budget = 2.55  # the paper's 410M: 3.55 mean passes of 4
-router_bias = 2.0
 tau = 0.1
 global_batch_size = 256
 micro_batch_size = 8

@@ -11,7 +11,6 @@ n_ff = 1376
 init_std = 0.02
 max_latent = 3
 budget = 1.5
-router_bias = 2.0
 tau = 0.1
 global_batch_size = 256
 micro_batch_size = 16
