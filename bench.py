@@ -211,7 +211,6 @@ def expected_passes(config: Config, T: int, B: int, mean_latent: float) -> list[
 
 
 def bench_flops(bench: Bench) -> None:
-    mean = bench.mean_latent
     if bench.checkpoint:
         model, _, _ = load_checkpoint(bench.checkpoint)
         if model.config.method != "adaptive":
@@ -220,9 +219,8 @@ def bench_flops(bench: Bench) -> None:
         steps = [json.loads(line)["val_steps"] for line in (log.read_text().splitlines() if log.exists() else []) if "val_steps" in line]
         if not steps:
             raise BadInput(f"{log} holds no evaluation, and so no mean of latent steps")
-        mean = steps[-1]
-        bench = replace(bench, mean_latent=mean, **{f.name: getattr(model.config, f.name) for f in fields(Config)})
-    vocab_size = bench.vocab_size or 257
+        bench = replace(bench, mean_latent=steps[-1], **{f.name: getattr(model.config, f.name) for f in fields(Config)})
+    mean, vocab_size = bench.mean_latent, bench.vocab_size or 257
     B, T, records = bench.batch or 4, bench.block_size, {}
     small = bench.n_layer * bench.n_embd**2 < 4e6
     for name in bench.methods:

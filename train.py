@@ -248,14 +248,12 @@ def measure_roof(device: torch.device) -> float:
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
     """The device that a --device flag names; empty: cuda where there is one. Raises BadInput."""
-    name = name or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise BadInput(f"--device={name} cannot be used here; want cpu{', cuda' if torch.cuda.is_available() else ''}") from None
-    if device == torch.device("cuda"):
-        device = torch.device("cuda", local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
