@@ -185,21 +185,25 @@ class BudgetController:
     """Steers λ so that the mean of executed latent steps lands on the budget: proportional + integral, damped.
 
     The aim falls from ℓ_max to the budget over the first half of training, so that λ rises from 0 and every step is learnt
-    before any is pruned. e = running mean (0.9) of executed steps − aim; λ = kp · e + I, I += ki · e per step, both at least
-    0. A shorter training has a quicker integral. The router's learning rate does not decay: λ keeps its grip to the end.
+    before any is pruned. e = (mean + trend) / aim − 1, within ±1, where mean is a running mean (0.9) of the executed steps and
+    trend how far it has moved from a slow one; λ = kp · e + I, I += ki · e per step, both at least 0. The trend is what damps: a
+    step that was pruned gives its router no more gradient, so that too much pruning is slow to undo. All times are shares of
+    the training, the router's learning rate included (`make_optimizer`), and so the loop is the same for every length.
     """
 
-    kp = 0.15
+    kp, ki = 0.3, 6.0
 
     def __init__(self, budget: float, most: int, max_steps: int) -> None:
-        self.budget, self.most, self.ramp, self.ki = budget, most, 0.5 * max_steps, 3 / max_steps
-        self.mean, self.integral = float(most), 0.0
+        self.budget, self.most, self.max_steps = budget, most, max_steps
+        self.mean, self.slow, self.integral = float(most), float(most), 0.0
 
     def update(self, step: int, steps: float) -> float:
         """Mean executed latent steps of optimizer step `step` → λ of the next."""
-        self.mean = 0.9 * self.mean + 0.1 * steps
-        error = self.mean - (self.budget + (self.most - self.budget) * max(0.0, 1 - step / self.ramp))
-        self.integral = max(0.0, self.integral + self.ki * error)
+        self.mean += 0.1 * (steps - self.mean)
+        self.slow += (self.mean - self.slow) / max(10, 0.08 * self.max_steps)
+        aim = self.budget + (self.most - self.budget) * max(0.0, 1 - step / (0.5 * self.max_steps))
+        error = max(-1.0, min(1.0, (2 * self.mean - self.slow) / max(aim, 0.01) - 1))
+        self.integral = max(0.0, self.integral + self.ki / self.max_steps * error)
         return max(0.0, self.kp * error + self.integral)
 
 
@@ -218,8 +222,8 @@ def make_optimizer(model: LLaMA, config: Train) -> torch.optim.AdamW:
     matrices = [p for p in named.values() if p.dim() >= 2]
     rest = [p for p in named.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    if router:  # Adam moves each weight by the learning rate, and so a logit over d features by d times that: too fast to steer
-        groups.append({"params": router, "weight_decay": 0.0, "lr": 8 / config.n_embd * config.learning_rate})
+    if router:  # Adam moves a logit over d features by d times the learning rate: steady, and slow enough to steer
+        groups.append({"params": router, "weight_decay": 0.0, "lr": 40 / (config.n_embd * config.max_steps)})
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
@@ -303,7 +307,7 @@ def train(config: Train) -> dict:
         start, tokens, seconds, model.lam = (checkpoint[name] for name in ("step", "tokens", "seconds", "lam"))
         model.matmul_flops, model.attention_flops = checkpoint["flops"]
         if controller:
-            controller.mean, controller.integral = checkpoint["controller"]
+            controller.mean, controller.slow, controller.integral = checkpoint["controller"]
         del saved, checkpoint  # as large as the model and its optimizer
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -326,7 +330,7 @@ def train(config: Train) -> dict:
     def save(step: int) -> None:
         if main_process:
             save_checkpoint(path, model, data.tokenizer, train=asdict(config), optimizer=optimizer.state_dict(), step=step, tokens=tokens, seconds=seconds,
-                            lam=model.lam, flops=(model.matmul_flops, model.attention_flops), controller=(controller.mean, controller.integral) if controller else None)
+                            lam=model.lam, flops=(model.matmul_flops, model.attention_flops), controller=(controller.mean, controller.slow, controller.integral) if controller else None)
 
     def log(record: dict) -> None:
         if main_process:

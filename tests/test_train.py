@@ -172,7 +172,7 @@ def test_budget_controller_lands_on_its_budget():
 def test_router_keeps_its_learning_rate(data, tmp_path):
     train(Train(out=str(tmp_path / "run"), data=str(data), **SMALL))
     matrices, vectors, router = load_checkpoint(tmp_path / "run")[2]["optimizer"]["param_groups"]
-    assert len(router["params"]) == 1 and router["lr"] == 8 / SMALL["n_embd"] * SMALL["learning_rate"]
+    assert len(router["params"]) == 1 and router["lr"] == 40 / (SMALL["n_embd"] * 6)
     assert matrices["lr"] == vectors["lr"] < SMALL["learning_rate"]
 
 
