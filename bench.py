@@ -285,9 +285,10 @@ class Contestant:
         self.device, self.config, self.mean = device, config, mean
         self.model = make(config, device, mean)
         if bench.compile or (bench.compile is None and device.type == "cuda"):
-            torch._dynamo.config.recompile_limit = 64  # the contestants share the code of a block, and each may bring graphs of its own
             for block in self.model.blocks:
                 block.compile()
+            self.model.compile_decoding()
+            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024  # contestants share code, but not their graphs
         self.optimizer = make_optimizer(self.model, bench)
         self.idx, self.targets = (torch.randint(0, config.vocab_size, (B, config.block_size), device=device) for _ in range(2))
         self.times: dict[str, list[float]] = {"training": [], "prefill": [], "decode 1": [], "decode 16": []}

@@ -138,15 +138,16 @@ class Column:
         self.order: Tensor | None = None  # (B, capacity), FAR where empty
         self.count: Tensor | None = None  # (B,) tokens of each row; None: size tokens in every row
         self.size = 0  # tokens of the longest row
+        self.end: int | None = None  # seats that attention looks at: size; None: all of them, so that shapes stand still
 
-    def reserve(self, tokens: Tokens) -> None:
-        """Makes room for the tokens of this pass and writes down their order."""
+    def reserve(self, tokens: Tokens, capacity: int = 0) -> None:
+        """Makes room for the tokens of this pass and writes down their order. capacity > 0: shapes shall stand still."""
         self.fresh, ragged = self.size == 0, tokens.seat is not None
         if self.fresh:
             self.order, self.size = tokens.grid_order(), tokens.A
-            self.count = (self.order < FAR).sum(1) if ragged else None
+            self.count, self.end = (self.order < FAR).sum(1) if ragged else None, self.size
             return
-        if ragged and self.count is None:
+        if (ragged or capacity) and self.count is None:
             self.count = torch.full((tokens.B,), self.size, device=tokens.row.device)
         if self.count is None:
             self.where = (slice(None), slice(self.size, self.size + tokens.A))
@@ -156,10 +157,12 @@ class Column:
             rank = (torch.arange(len(tokens.row), device=start.device) if tokens.seat is None else tokens.seat) % tokens.A
             self.where = (tokens.row, start[tokens.row] + rank)
             self.count = start.index_add(0, tokens.row, torch.ones_like(tokens.row))
-            self.size = int(self.count.max())
-        if self.size > self.order.size(1):
-            self.order = _grown(self.order, 1, 2 * self.size, FAR)
-            self.kv = {layer: tuple(_grown(t, 2, 2 * self.size, 0) for t in kv) for layer, kv in self.kv.items()}
+            self.size = int(self.count.max()) if ragged else self.size + tokens.A
+        self.end = None if capacity else self.size
+        capacity = capacity or (2 * self.size if self.size > self.order.size(1) else 0)
+        if capacity > self.order.size(1):
+            self.order = _grown(self.order, 1, capacity, FAR)
+            self.kv = {layer: tuple(_grown(t, 2, capacity, 0) for t in kv) for layer, kv in self.kv.items()}
         self.order[self.where] = tokens.order if self.count is not None else tokens.grid_order()
 
     def put(self, layer: int, tokens: Tokens, k: Tensor, v: Tensor) -> None:
@@ -180,6 +183,7 @@ def _grown(t: Tensor, dim: int, size: int, fill: int) -> Tensor:
     shape[dim] = size
     grown = t.new_full(shape, fill)
     grown.narrow(dim, 0, t.size(dim)).copy_(t)
+    torch._dynamo.mark_static_address(grown, guard=False)  # a CUDA graph may write to it where it lies
     return grown
 
 
@@ -235,7 +239,7 @@ def make_mask(tokens: Tokens, columns: list[Column]) -> Tensor | BlockMask | Non
         return None
     if tokens.newest and all(column.count is None for column in columns):
         return None
-    query, key = tokens.grid_order(), torch.cat([column.order[:, : column.size] for column in columns], 1)
+    query, key = tokens.grid_order(), torch.cat([column.order[:, : column.end] for column in columns], 1)
     if query.is_cuda and torch.is_grad_enabled():
         return block_mask(query, key)
     seen = key[:, None, None, :] <= query[:, None, :, None]  # (B, 1, A, S)
@@ -263,7 +267,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layer: int, tokens: Tokens, columns:
     q, k, v, result: (B, H, A, hd).
     """
     columns[-1].put(layer, tokens, k, v)
-    seen = [tuple(t[:, :, : column.size] for t in column.kv[layer]) for column in columns]
+    seen = [tuple(t[:, :, : column.end] for t in column.kv[layer]) for column in columns]
     if len(seen) > 1 and q.size(2) <= 4 and not torch.is_grad_enabled():  # decoding: join the scores, not the keys
         score = torch.cat([q @ k.mT for k, _ in seen], 3).float() / math.sqrt(q.size(-1))
         if mask is not None:
@@ -282,9 +286,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layer: int, tokens: Tokens, columns:
 class Block(nn.Module):
     """One layer: attention and SwiGLU, each behind an RMSNorm. wq, wk, wv and w1, w3 are fused here, apart in a state dict."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        d, self.n_head = config.n_embd, config.n_head
+        d, self.n_head, self.layer = config.n_embd, config.n_head, layer
         self.attn_norm = nn.RMSNorm(d, config.norm_eps)
         self.wqkv = nn.Linear(d, 3 * d, bias=False)
         self.wo = nn.Linear(d, d, bias=False)
@@ -294,10 +298,10 @@ class Block(nn.Module):
         self.register_state_dict_post_hook(_split_fused)
         self.register_load_state_dict_pre_hook(_join_fused)
 
-    def forward(self, x: Tensor, rope: Tensor, layer: int, tokens: Tokens, columns: list[Column], mask) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, tokens: Tokens, columns: list[Column], mask) -> Tensor:
         """x (N, d) → (N, d); rope (2, N, 1, hd)."""
         q, k, v = (tokens.grid(t).transpose(1, 2) for t in self.before(x, rope))  # (B, H, A, hd) each
-        y = attend(q, k, v, layer, tokens, columns, mask)
+        y = attend(q, k, v, self.layer, tokens, columns, mask)
         return self.after(x, tokens.pack(y.transpose(1, 2)))
 
     def before(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,9 +355,10 @@ class LLaMA(nn.Module):
         self.config = config
         self.max_latent, self.tau, self.lam = config.max_latent, config.tau, config.lam  # dials: may be turned at any time
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
+        self.fixed_blocks = None  # run_blocks compiled for decoding, its shapes standing still
         self.matmul_flops = self.attention_flops = 0  # executed in forwards so far: 2 per multiply-add, matrix products only
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         half = config.n_embd // config.n_head // 2
@@ -369,20 +374,31 @@ class LLaMA(nn.Module):
 
         Stops before the final norm.
         """
-        layers = range(self.config.n_layer) if layers is None else layers
-        columns[-1].reserve(tokens)
+        blocks = list(self.blocks) if layers is None else [self.blocks[layer] for layer in layers]
+        fixed = self.fixed_blocks is not None and tokens.newest and columns[-1].size > 0 and not torch.is_grad_enabled()
+        longest = columns[0].size + (len(columns) == 1)  # no column is longer than column 0, this token's key counted
+        columns[-1].reserve(tokens, max(64, 1 << (longest - 1).bit_length()) if fixed else 0)  # the same for all of them
         mask = make_mask(tokens, columns)
-        rope = self.rope[:, tokens.pos, None]
-        for layer in layers:
-            block = self.blocks[layer]
-            if self.checkpointing and torch.is_grad_enabled():
-                z = checkpoint(block, z, rope, layer, tokens, columns, mask, use_reentrant=False)
-            else:
-                z = block(z, rope, layer, tokens, columns, mask)
-        c, keys = self.config, sum(column.size for column in columns)
-        self.matmul_flops += 2 * len(z) * len(layers) * (4 * c.n_embd**2 + 3 * c.n_embd * c.n_ff)
-        self.attention_flops += 4 * tokens.B * tokens.A * keys * c.n_embd * len(layers)
+        z = (self.fixed_blocks if fixed else self.run_blocks)(z, self.rope[:, tokens.pos, None], blocks, tokens, columns, mask)
+        c, keys = self.config, sum(column.order[:, : column.end].size(1) for column in columns)
+        self.matmul_flops += 2 * len(z) * len(blocks) * (4 * c.n_embd**2 + 3 * c.n_embd * c.n_ff)
+        self.attention_flops += 4 * tokens.B * tokens.A * keys * c.n_embd * len(blocks)
         return z
+
+    def run_blocks(self, z: Tensor, rope: Tensor, blocks: list[Block], tokens: Tokens, columns: list[Column], mask) -> Tensor:
+        for block in blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                z = checkpoint(block, z, rope, tokens, columns, mask, use_reentrant=False)
+            else:
+                z = block(z, rope, tokens, columns, mask)
+        return z
+
+    def compile_decoding(self, **options) -> None:
+        """Compiles a pass of one new token a row, for `generate`: a graph for each number of columns, on CUDA a CUDA graph."""
+        torch._dynamo.config.recompile_limit = 64  # 1 … ℓ_max + 1 columns, one row or several, all of them or some
+        if self.embed.weight.is_cuda:
+            options = {"mode": "reduce-overhead"} | options
+        self.fixed_blocks = torch.compile(self.run_blocks, dynamic=True, **options)
 
     def think(self, x: Tensor, tokens: Tokens, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, d), scaled embeddings → what the head reads (N, d), executed and expected latent steps (N,)."""

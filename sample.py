@@ -39,6 +39,7 @@ class Sample:
     tau: float | None = None  # τ at test time: higher halts sooner
     max_latent: int | None = None  # most latent steps at test time
     method: str | None = None  # checked against the checkpoint's, if given
+    compile: bool = False  # torch.compile the decoding of a token: the first ones wait for it, the others come faster
     plain: bool = False  # no colours
     html: str = ""  # also write a page with the colours, and numbers on hover
     device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
@@ -133,6 +134,8 @@ def main() -> None:
         ids = ids[-context:]
     if config.html and not Path(config.html).resolve().parent.is_dir():
         raise BadInput(f"--html={config.html}: its folder does not exist")
+    if config.compile:
+        model.compile_decoding()
     colours = sys.stdout.isatty() and not config.plain
     most = model.max_latent if config.max_latent is None else config.max_latent
     if colours:

@@ -409,3 +409,20 @@ def test_compiled_blocks_change_no_number_and_are_compiled_once():
         list(model.generate([[1, 2, 3]], 12, temperature=0))
     assert counter.frame_count <= first + 4  # both without gradients, and again for a single token
     assert set(model.state_dict()) == set(make().state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_decoding_changes_no_number_and_is_compiled_once(method):
+    model = make(method, n_layer=3 if method == "mor" else 1, block_size=128)
+    prompts = [text(1, 58)[0].tolist(), [4], [5, 6]]  # the columns grow on the way from 64 seats to 128
+    want = [list(model.generate(some, 12, temperature=0)) for some in (prompts, prompts[:1])]
+    counter, frames = CompileCounterWithBackend("eager"), []
+    model.compile_decoding(backend=counter)
+    for _ in range(2):
+        for some, eager in zip((prompts, prompts[:1]), want):
+            for a, b in zip(eager, model.generate(some, 12, temperature=0), strict=True):
+                assert torch.equal(a.token, b.token) and torch.equal(a.steps, b.steps)
+                torch.testing.assert_close(a.prob, b.prob, atol=1e-5, rtol=1e-4)
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[1] <= 12
+    assert (frames[0] > 0) == (method != "pause")  # which feeds several tokens a pass: no decoding of this kind
