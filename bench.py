@@ -17,7 +17,6 @@ What is notable here:
 import contextlib
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -38,7 +37,7 @@ from tqdm import tqdm
 from baselines import METHODS, build
 from configurator import BadInput, configure, run
 from model import FAR, AdaptiveLatentCoT, Cache, Config, LLaMA
-from train import Train, autocast, load_checkpoint, make_optimizer, measure_roof, pick_device, train, training_flops
+from train import TINY, Train, autocast, load_checkpoint, make_optimizer, measure_roof, pick_device, train, training_flops, write_whole
 
 
 @dataclass
@@ -88,9 +87,7 @@ def _cpuinfo() -> list[str]:
 
 def write_json(path: Path, content: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -558,10 +555,7 @@ def plot(quality: Quality, path: Path) -> None:
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if not any(argument.endswith(".py") for argument in argv):
-        argv = [str(Path(__file__).with_name("config") / "tiny.py"), *argv]
-    bench = configure(Bench, argv, positional=("what",))
+    bench = configure(Bench, positional=("what",), default=TINY)
     {"flops": bench_flops, "speed": bench_speed, "growth": bench_growth, "quality": bench_quality}[bench.what](bench)
 
 

@@ -32,17 +32,19 @@ def run(main) -> None:
         sys.exit(1)
 
 
-def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = ()):
+def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = (), default: Path | None = None):
     """An instance of the dataclass cls from the command line (default: sys.argv).
 
     A bare argument that ends in .py is a config file; other bare arguments fill the fields named in `positional`, in order.
-    Later settings win. Raises BadInput. `--help` prints and exits.
+    `default` is the config file where none is named. Later settings win. Raises BadInput. `--help` prints and exits.
     """
     argv, values, free = list(sys.argv[1:] if argv is None else argv), {}, list(positional)
     fields = typing.get_type_hints(cls)
     if "--help" in argv or "-h" in argv:
         print(_help(cls, positional))
         sys.exit(0)
+    if default and not any(argument.endswith(".py") for argument in argv):
+        argv.insert(0, str(default))
     while argv:
         argument = argv.pop(0)
         if not argument.startswith("--"):

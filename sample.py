@@ -135,6 +135,7 @@ def main() -> None:
     if config.html and not Path(config.html).resolve().parent.is_dir():
         raise BadInput(f"--html={config.html}: its folder does not exist")
     if config.compile:
+        print("sample.py: compiling; the first tokens take a while", file=sys.stderr)
         model.compile_decoding()
     colours = sys.stdout.isatty() and not config.plain
     most = model.max_latent if config.max_latent is None else config.max_latent

@@ -35,6 +35,7 @@ from model import AdaptiveLatentCoT, Config, LLaMA
 from prepare import describe, ranks_to_text, restore_tokenizer
 
 FORMAT = "nanoLatentCoT 1"
+TINY = Path(__file__).parent / "config" / "tiny.py"
 
 
 @dataclass
@@ -140,6 +141,13 @@ def evaluate(model: LLaMA, data: Data, windows: int, batch: int, device: torch.d
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes text beside path, then renames: never half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def save_checkpoint(path: Path, model: LLaMA, tokenizer, **rest) -> None:
@@ -400,7 +408,7 @@ def train(config: Train) -> dict:
     result = result or evaluated()
     result |= {"flops": training_flops(model) * world, "tokens": tokens, "seconds": seconds, "parameters": sum(p.numel() for p in model.parameters())}
     if main_process:
-        (out / "summary.json").write_text(json.dumps({"config": asdict(config), **result}, indent=1) + "\n")
+        write_whole(out / "summary.json", json.dumps({"config": asdict(config), **result}, indent=1) + "\n")
         print(f"\nvalidation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, {result['bits_per_byte']:.4f} bits per byte\n"
               f"mean latent steps {result['val_steps']:.3f} of {config.max_latent}; {tokens:,} tokens, {result['flops']:.3e} training FLOPs, {seconds / 60:.1f} minutes\n"
               f"next: python sample.py {out} \"def \"")
@@ -415,16 +423,11 @@ def _keep_log_until(path: Path, step: int) -> None:
     """Drops the lines that a killed run wrote after its last checkpoint."""
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        os.replace(temporary, path)
+        write_whole(path, "".join(line + "\n" for line in lines))
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if not any(argument.endswith(".py") for argument in argv):
-        argv = [str(Path(__file__).with_name("config") / "tiny.py"), *argv]
-    train(configure(Train, argv))
+    train(configure(Train, default=TINY))
     if dist.is_initialized():  # not in train: DDP must be gone first, or its destructor waits for gloo's thread, which waits for the GIL
         dist.destroy_process_group()
 
