@@ -379,7 +379,11 @@ class LLaMA(nn.Module):
         longest = columns[0].size + (len(columns) == 1)  # no column is longer than column 0, this token's key counted
         columns[-1].reserve(tokens, max(64, 1 << (longest - 1).bit_length()) if fixed else 0)  # the same for all of them
         mask = make_mask(tokens, columns)
-        z = (self.fixed_blocks if fixed else self.run_blocks)(z, self.rope[:, tokens.pos, None], blocks, tokens, columns, mask)
+        rope = self.rope[:, tokens.pos, None]
+        if fixed:
+            z = self.fixed_blocks(z, rope, blocks, tokens, columns, mask).clone()  # the next replay of a CUDA graph writes where its output lies
+        else:
+            z = self.run_blocks(z, rope, blocks, tokens, columns, mask)
         c, keys = self.config, sum(column.order[:, : column.end].size(1) for column in columns)
         self.matmul_flops += 2 * len(z) * len(blocks) * (4 * c.n_embd**2 + 3 * c.n_embd * c.n_ff)
         self.attention_flops += 4 * tokens.B * tokens.A * keys * c.n_embd * len(blocks)
