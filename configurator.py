@@ -43,7 +43,7 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
     if "--help" in argv or "-h" in argv:
         print(_help(cls, positional))
         sys.exit(0)
-    if default and not any(argument.endswith(".py") for argument in argv):
+    if default and not any(argument.endswith(".py") and not argument.startswith("--") for argument in argv):
         argv.insert(0, str(default))
     while argv:
         argument = argv.pop(0)

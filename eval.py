@@ -37,7 +37,7 @@ from configurator import BadInput, configure, run
 from model import Cache, LLaMA
 from prepare import describe, find_files, read_documents
 from sample import explain, html_page
-from train import Data, autocast, load_checkpoint, pick_device, write_whole
+from train import Data, autocast, load_checkpoint, pick_device
 
 PAPER_TASKS = ("lambada_openai", "lambada_standard", "arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "sciq", "race")
 NORMALIZED = ("arc_challenge", "hellaswag")  # acc_norm enters the average, acc elsewhere: the field's custom, the paper does not say
@@ -583,7 +583,7 @@ def main() -> None:
     if config.plot:
         draw(config.plot, found, title)
     if config.json:
-        write_whole(Path(config.json), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        Path(config.json).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in filter(None, (config.html, config.plot, config.json)):
         print(f"written: {path}")
 

@@ -129,8 +129,8 @@ class Tokens:
 class Column:
     """What the tokens that reached one latent step left: their order (B, S), and per layer their keys and values.
 
-    Without gradients a column that already holds tokens grows in place: buffers of (B, H, capacity, hd), doubled when full,
-    each row filled up to its own count. With gradients a column is written once, by the pass that fills it.
+    Without gradients a column that already holds tokens grows in place: buffers of (B, H, capacity, hd), doubled when full
+    (or as `reserve` is told), each row filled up to its own count. With gradients a column is written once, by the pass that fills it.
     """
 
     def __init__(self) -> None:
@@ -157,7 +157,7 @@ class Column:
             rank = (torch.arange(len(tokens.row), device=start.device) if tokens.seat is None else tokens.seat) % tokens.A
             self.where = (tokens.row, start[tokens.row] + rank)
             self.count = start.index_add(0, tokens.row, torch.ones_like(tokens.row))
-            self.size = int(self.count.max()) if ragged else self.size + tokens.A
+            self.size = self.size + tokens.A if capacity and not ragged else int(self.count.max())
         self.end = None if capacity else self.size
         capacity = capacity or (2 * self.size if self.size > self.order.size(1) else 0)
         if capacity > self.order.size(1):
@@ -376,8 +376,10 @@ class LLaMA(nn.Module):
         """
         blocks = list(self.blocks) if layers is None else [self.blocks[layer] for layer in layers]
         fixed = self.fixed_blocks is not None and tokens.newest and columns[-1].size > 0 and not torch.is_grad_enabled()
-        longest = columns[0].size + (len(columns) == 1)  # no column is longer than column 0, this token's key counted
-        columns[-1].reserve(tokens, max(64, 1 << (longest - 1).bit_length()) if fixed else 0)  # the same for all of them
+        capacity = 0
+        if fixed:  # a power of two, and the same for all columns, as none is longer than column 0
+            capacity = max(64, 1 << columns[0].size.bit_length()) if len(columns) == 1 else columns[0].order.size(1)
+        columns[-1].reserve(tokens, capacity)
         mask = make_mask(tokens, columns)
         rope = self.rope[:, tokens.pos, None]
         if fixed:
@@ -398,7 +400,10 @@ class LLaMA(nn.Module):
         return z
 
     def compile_decoding(self, **options) -> None:
-        """Compiles a pass of one new token a row, for `generate`: a graph for each number of columns, on CUDA a CUDA graph."""
+        """Compiles a pass of one new token a row, for `generate`: a graph for each number of columns.
+
+        On CUDA it is recorded as a CUDA graph, anew for each cache, capacity and number of live rows.
+        """
         torch._dynamo.config.recompile_limit = 64  # 1 … ℓ_max + 1 columns, one row or several, all of them or some
         if self.embed.weight.is_cuda:
             options = {"mode": "reduce-overhead"} | options

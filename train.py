@@ -194,9 +194,9 @@ class BudgetController:
 
     The aim falls from ℓ_max to the budget over the first half of training, so that λ rises from 0 and every step is learnt
     before any is pruned. e = (mean + trend) / aim − 1, within ±1, where mean is a running mean (0.9) of the executed steps and
-    trend how far it has moved from a slow one; λ = kp · e + I, I += ki · e per step, both at least 0. The trend is what damps: a
-    step that was pruned gives its router no more gradient, so that too much pruning is slow to undo. All times are shares of
-    the training, the router's learning rate included (`make_optimizer`), and so the loop is the same for every length.
+    trend how far it has moved from a slow one; λ = kp · e + I, I += ki · e / max_steps, both at least 0. The trend is what damps: a
+    step that was pruned gives its router no more gradient, so that too much pruning is slow to undo. But for those means' ten
+    steps all times are shares of the training, in `router_rate` too, so that the loop is much the same for every length.
     """
 
     kp, ki = 0.3, 6.0
@@ -224,14 +224,19 @@ def learning_rate(config: Train, step: int) -> float:
     return config.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def router_rate(config: Train) -> float:
+    """Steady, and slow enough to steer: Adam moves a logit over d features by d times the learning rate."""
+    return 40 / (config.n_embd * config.max_steps)
+
+
 def make_optimizer(model: LLaMA, config: Train) -> torch.optim.AdamW:
     named = dict(model.named_parameters())
     router = [named.pop(name) for name in list(named) if name == "router.weight" and isinstance(model, AdaptiveLatentCoT)]
     matrices = [p for p in named.values() if p.dim() >= 2]
     rest = [p for p in named.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    if router:  # Adam moves a logit over d features by d times the learning rate: steady, and slow enough to steer
-        groups.append({"params": router, "weight_decay": 0.0, "lr": 40 / (config.n_embd * config.max_steps)})
+    if router:
+        groups.append({"params": router, "weight_decay": 0.0, "lr": router_rate(config)})
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
@@ -358,8 +363,8 @@ def train(config: Train) -> dict:
         began = time.perf_counter()
         torch.manual_seed(config.seed + 1_000_003 * (step + 1))  # a method that draws (ponder2) draws the same after a resume
         rate = learning_rate(config, step)
-        for group in optimizer.param_groups[:2]:  # the router's, the third, stays as it is
-            group["lr"] = rate
+        for group, group_rate in zip(optimizer.param_groups, (rate, rate, router_rate(config))):
+            group["lr"] = group_rate
         flops, lam = training_flops(model), model.lam
         metrics = torch.zeros(4 + model.max_latent, device=device)  # loss, ce, ada, stop, share of tokens that reached step 1 …
         for i in range(rank * share, (rank + 1) * share, micro):

@@ -173,10 +173,12 @@ def test_budget_controller_lands_on_its_budget(budget, length):
 
 
 def test_router_keeps_its_learning_rate(data, tmp_path):
-    train(Train(out=str(tmp_path / "run"), data=str(data), **SMALL))
-    matrices, vectors, router = load_checkpoint(tmp_path / "run")[2]["optimizer"]["param_groups"]
-    assert len(router["params"]) == 1 and router["lr"] == 40 / (SMALL["n_embd"] * 6)
-    assert matrices["lr"] == vectors["lr"] < SMALL["learning_rate"]
+    for longer in ({}, {"max_steps": 9, "resume": True}):
+        settings = SMALL | longer
+        train(Train(out=str(tmp_path / "run"), data=str(data), **settings))
+        matrices, vectors, router = load_checkpoint(tmp_path / "run")[2]["optimizer"]["param_groups"]
+        assert len(router["params"]) == 1 and router["lr"] == 40 / (SMALL["n_embd"] * settings["max_steps"])
+        assert matrices["lr"] == vectors["lr"] < SMALL["learning_rate"]
 
 
 # ----------------------------------------------------------------------------------------------------- wrong input
