@@ -37,7 +37,7 @@ from tqdm import tqdm
 from baselines import METHODS, build
 from configurator import BadInput, configure, run
 from model import FAR, AdaptiveLatentCoT, Cache, Config, LLaMA
-from train import TINY, Train, autocast, load_checkpoint, make_optimizer, measure_roof, pick_device, train, training_flops, write_whole
+from train import TINY, Train, autocast, compiles, load_checkpoint, make_optimizer, measure_roof, pick_device, train, training_flops, write_whole
 
 
 @dataclass
@@ -281,7 +281,7 @@ class Contestant:
     def __init__(self, bench: Bench, config: Config, mean: float | None, B: int, device: torch.device) -> None:
         self.device, self.config, self.mean = device, config, mean
         self.model = make(config, device, mean)
-        if bench.compile or (bench.compile is None and device.type == "cuda"):
+        if compiles(bench.compile, device):
             for block in self.model.blocks:
                 block.compile()
             self.model.compile_decoding()

@@ -20,7 +20,7 @@ import torch
 
 from configurator import BadInput, configure, run
 from model import LLaMA
-from train import load_checkpoint, pick_device
+from train import compiles, load_checkpoint, pick_device
 
 ANSI = (0, 114, 220, 208, 203, 199, 165, 129, 93)  # 256-colour codes for 0, 1, 2, … latent steps; 0: the terminal's own
 CSS = ("transparent", "#d9f2d9", "#fff3b0", "#ffd6a5", "#ffadad", "#ff9bd2", "#e3a5ff", "#c4a5ff", "#a5a8ff")
@@ -134,7 +134,7 @@ def main() -> None:
         ids = ids[-context:]
     if config.html and not Path(config.html).resolve().parent.is_dir():
         raise BadInput(f"--html={config.html}: its folder does not exist")
-    if config.compile:
+    if compiles(config.compile, device):
         print("sample.py: compiling; the first tokens take a while", file=sys.stderr)
         model.compile_decoding()
     colours = sys.stdout.isatty() and not config.plain

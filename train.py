@@ -276,6 +276,18 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def compiles(wanted: bool | None, device: torch.device) -> bool:
+    """What a --compile flag means on this device; None: on CUDA only. Raises BadInput where there is no C++ compiler."""
+    wanted = device.type == "cuda" if wanted is None else wanted
+    if wanted:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        try:
+            get_cpp_compiler()
+        except RuntimeError:
+            raise BadInput("--compile needs a C++ compiler: install one, such as g++, or give --compile=False") from None
+    return wanted
+
+
 def check_resumed(config: Train, checkpoint: dict, data: Data) -> None:
     """A resumed run must be the run that it was; what does not change its numbers may differ, and so may its length."""
     free = {"out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "log_every", "device", "compile", "checkpointing"}
@@ -325,7 +337,7 @@ def train(config: Train) -> dict:
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model.checkpointing = config.checkpointing
-    if config.compile or (config.compile is None and device.type == "cuda"):
+    if compiles(config.compile, device):
         for block in model.blocks:
             block.compile()
     wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False) if world > 1 else model

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 
 from baselines import build
 from model import Config
@@ -99,3 +100,8 @@ def test_wrong_input(arguments, words, checkpoint, shown):
 
 def test_missing_checkpoint(shown):
     assert "does not exist" in shown("nowhere", "a", code=2)[1]
+
+
+def test_compiling_without_a_compiler(checkpoint, shown, monkeypatch):
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    assert "C++ compiler" in shown(checkpoint, "a", "--compile", code=2)[1]
