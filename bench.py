@@ -368,7 +368,8 @@ def bench_speed(bench: Bench) -> None:
     info = about()
     print(f"\n{info['machine']}, torch {info['torch']}; {B} × {base.block_size} tokens, medians of {bench.rounds} alternating rounds; roof {roof / 1e12:.3f} TFLOP/s; "
           "adaptive is forced to a mean of latent steps; decoding starts at half the context; kept: what a forward keeps for its backward, weights included")
-    write_json(Path(bench.results) / f"speed-{device.type}-{base.n_layer}x{base.n_embd}.json", info | {"roof": roof, "batch": B, "context": base.block_size, "methods": records})
+    kind = device.type + ("-compiled" if compiles(bench.compile, device) else "")
+    write_json(Path(bench.results) / f"speed-{kind}-{base.n_layer}x{base.n_embd}.json", info | {"roof": roof, "batch": B, "context": base.block_size, "methods": records})
 
 
 def bench_growth(bench: Bench) -> None:
