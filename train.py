@@ -195,8 +195,8 @@ class BudgetController:
     The aim falls from ℓ_max to the budget over the first half of training, so that λ rises from 0 and every step is learnt
     before any is pruned. e = (mean + trend) / aim − 1, within ±1, where mean is a running mean (0.9) of the executed steps and
     trend how far it has moved from a slow one; λ = kp · e + I, I += ki · e / max_steps, both at least 0. The trend is what damps: a
-    step that was pruned gives its router no more gradient, so that too much pruning is slow to undo. But for those means' ten
-    steps all times are shares of the training, in `router_rate` too, so that the loop is much the same for every length.
+    step that was pruned gives its router no more gradient, so that too much pruning is slow to undo. All times but the running
+    mean's are shares of the training, in `router_rate` too, so that the loop is much the same for every length.
     """
 
     kp, ki = 0.3, 6.0

@@ -159,10 +159,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch):
     assert all(torch.isfinite(p).all() for p in load_checkpoint(tmp_path / "run")[0].parameters())
 
 
+def test_budget_controller_lands_on_its_budget():
+    """On a plant that integrates: the router drifts up by what a thought is worth, and down by λ."""
+    for worth in (0.005, 0.02, 0.05):
+        controller, steps, lam = BudgetController(1.0, 3, 1000), 3.0, 0.0
+        for step in range(2000):
+            steps = min(3.0, max(0.0, steps + max(-0.02, min(0.02, worth - lam))))
+            lam = controller.update(step, steps)
+        assert abs(steps - 1.0) < 0.1 and abs(lam - worth) < 0.2 * worth
+
+
 @pytest.mark.parametrize("budget", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("length", [200, 1000, 20_000])
-def test_budget_controller_lands_on_its_budget(budget, length):
-    """On a plant that integrates: a router of limited speed is driven up by what a thought is worth and down by λ, and goes up ten times slower."""
+def test_budget_controller_lands_by_the_end_where_pruning_is_slow_to_undo(budget, length):
+    """On a router of limited speed, which goes up ten times slower than down."""
     for worth in (0.05, 0.2, 0.5):
         controller, steps, lam = BudgetController(budget, 3, length), 3.0, 0.0
         for step in range(length):
