@@ -74,7 +74,8 @@ class Bench(Train):
 
 def about() -> dict:
     """Machine, versions and commit that a result belongs to."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    git = lambda *what: subprocess.run(["git", *what], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    commit = git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", "*.py") else "")
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor())
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {torch.get_num_threads()} threads"
     return {"machine": machine, "torch": torch.__version__, "python": platform.python_version(), "commit": commit}
@@ -438,8 +439,8 @@ class Quality:
         for name, result in self._results(missing):
             if not result:
                 raise BadInput("interrupted; the same command goes on from here")
-            self.runs[name] = result | missing[name]
-            write_json(self.path, about() | {"settings": self._settings(), "runs": self.runs})
+            self.runs[name] = result | missing[name] | about()
+            write_json(self.path, {"settings": self._settings(), "runs": self.runs})
             tqdm.write(f"{name}: validation loss {result['val_loss']:.4f}", file=sys.stdout)
             bar.update()
 
