@@ -102,11 +102,14 @@ class Tokens:
         """The tokens where live (N,) is true, and their indices (n,). Costs a host sync, in training the only one of a pass."""
         count = torch.zeros(self.B, dtype=torch.long, device=live.device).index_add_(0, self.row, live.long())
         n, longest = torch.stack((count.sum(), count.max())).tolist()
+        if n == len(live):
+            return self, torch.arange(n, device=live.device)
         index = live.nonzero_static(size=n).squeeze(1)
-        row = self.row[index]
+        pos, row = self.pos[index], self.row[index]
+        order = pos if self.order is self.pos else self.order[index]
         rank = torch.arange(n, device=live.device) - (count.cumsum(0) - count)[row]
         seat = None if n == self.B * longest else row * longest + rank
-        return Tokens(self.pos[index], self.order[index], row, seat, self.B, longest, self.newest), index
+        return Tokens(pos, order, row, seat, self.B, longest, self.newest), index
 
     def grid(self, packed: Tensor) -> Tensor:
         """(N, …) → (B, A, …), zeros on empty seats."""
@@ -134,14 +137,18 @@ class Column:
     """
 
     def __init__(self) -> None:
+        self.buffers: dict[tuple, Tensor] = {}  # whose shapes stand still: they outlive `clear`
+        self.clear()
+
+    def clear(self) -> None:
         self.kv: dict[int, tuple[Tensor, Tensor]] = {}  # layer → K, V (B, H, capacity, hd)
         self.order: Tensor | None = None  # (B, capacity), FAR where empty
         self.count: Tensor | None = None  # (B,) tokens of each row; None: size tokens in every row
-        self.size = 0  # tokens of the longest row
+        self.size = 0  # tokens of the longest row; where shapes stand still, at least that
         self.end: int | None = None  # seats that attention looks at: size; None: all of them, so that shapes stand still
 
     def reserve(self, tokens: Tokens, capacity: int = 0) -> None:
-        """Makes room for the tokens of this pass and writes down their order. capacity > 0: shapes shall stand still."""
+        """Makes room for the tokens of this pass. capacity > 0: for so many in all, and shapes shall stand still."""
         self.fresh, ragged = self.size == 0, tokens.seat is not None
         if self.fresh:
             self.order, self.size = tokens.grid_order(), tokens.A
@@ -149,24 +156,46 @@ class Column:
             return
         if (ragged or capacity) and self.count is None:
             self.count = torch.full((tokens.B,), self.size, device=tokens.row.device)
-        if self.count is None:
-            self.where = (slice(None), slice(self.size, self.size + tokens.A))
-            self.size += tokens.A
+        if capacity and self.end is not None:
+            self.count = self.grown(self.count, "count", 0, tokens.B, 0, True)
+        if ragged and not capacity:
+            self.size = int(self.count.index_add(0, tokens.row, torch.ones_like(tokens.row)).max())
         else:
-            start = self.count
-            rank = (torch.arange(len(tokens.row), device=start.device) if tokens.seat is None else tokens.seat) % tokens.A
-            self.where = (tokens.row, start[tokens.row] + rank)
-            self.count = start.index_add(0, tokens.row, torch.ones_like(tokens.row))
-            self.size = self.size + tokens.A if capacity and not ragged else int(self.count.max())
+            self.size += tokens.A
         self.end = None if capacity else self.size
-        capacity = capacity or (2 * self.size if self.size > self.order.size(1) else 0)
-        if capacity > self.order.size(1):
-            self.order = _grown(self.order, 1, capacity, FAR)
-            self.kv = {layer: tuple(_grown(t, 2, capacity, 0) for t in kv) for layer, kv in self.kv.items()}
-        self.order[self.where] = tokens.order if self.count is not None else tokens.grid_order()
+        room = self.order.size(1)
+        if capacity > room or self.size > room:
+            capacity, still = capacity or 2 * self.size, capacity > 0
+            self.order = self.grown(self.order, "order", 1, capacity, FAR, still)
+            for layer, (k, v) in self.kv.items():
+                self.kv[layer] = self.grown(k, f"k{layer}", 2, capacity, 0, still), self.grown(v, f"v{layer}", 2, capacity, 0, still)
+
+    def grown(self, t: Tensor, name: str, dim: int, size: int, fill: int, still: bool) -> Tensor:
+        """A buffer that begins with t. Where shapes stand still, the next text gets the same one: a CUDA graph writes where it lies."""
+        shape = (*t.shape[:dim], size, *t.shape[dim + 1 :])
+        buffer = self.buffers.get((name, shape, t.dtype))
+        buffer = t.new_full(shape, fill) if buffer is None else buffer.fill_(fill)
+        if still:
+            self.buffers[name, shape, t.dtype] = buffer
+            torch._dynamo.mark_static_address(buffer, guard=False)
+        buffer.narrow(dim, 0, t.size(dim)).copy_(t)
+        return buffer
+
+    def seat(self, tokens: Tokens) -> None:
+        """Gives each token of this pass its seat, behind those of its row, and writes down its order."""
+        if self.fresh:
+            return
+        if self.count is None:
+            self.where = (slice(None), slice(self.size - tokens.A, self.size))
+            self.order[self.where] = tokens.grid_order()
+            return
+        seat = torch.arange(len(tokens.row), device=tokens.row.device) if tokens.seat is None else tokens.seat
+        self.where = (tokens.row, self.count[tokens.row] + seat % tokens.A)
+        self.count.index_add_(0, tokens.row, torch.ones_like(tokens.row))
+        self.order[self.where] = tokens.order
 
     def put(self, layer: int, tokens: Tokens, k: Tensor, v: Tensor) -> None:
-        """Stores keys and values (B, H, A, hd) of the pass that called reserve."""
+        """Stores keys and values (B, H, A, hd) of the pass, on the seats that `seat` gave."""
         if self.fresh:
             self.kv.setdefault(layer, (k, v))  # activation checkpointing comes by a second time
             return
@@ -176,15 +205,6 @@ class Column:
                 buffer[:, :, seats] = new
             else:
                 buffer[rows, :, seats] = tokens.pack(new.transpose(1, 2)).view(len(rows), new.size(1), -1)
-
-
-def _grown(t: Tensor, dim: int, size: int, fill: int) -> Tensor:
-    shape = list(t.shape)
-    shape[dim] = size
-    grown = t.new_full(shape, fill)
-    grown.narrow(dim, 0, t.size(dim)).copy_(t)
-    torch._dynamo.mark_static_address(grown, guard=False)  # a CUDA graph may write to it where it lies
-    return grown
 
 
 class Cache:
@@ -204,6 +224,13 @@ class Cache:
         """Columns 0 … k: all that a query of step k may see (§2)."""
         return [self[j] for j in range(k + 1)]
 
+    def clear(self) -> "Cache":
+        """Forgets all tokens, but not the buffers whose shapes stand still."""
+        self.next_pos, self.length = None, 0
+        for column in self.columns:
+            column.clear()
+        return self
+
     def rows(self, chosen: list[int]) -> "Cache":
         """A cache whose row i is a copy of row chosen[i] of this one: one prefill for many continuations."""
         new = copy.copy(self)
@@ -211,6 +238,7 @@ class Cache:
         for column in new.columns:
             column.kv = {layer: (k[chosen], v[chosen]) for layer, (k, v) in column.kv.items()}
             column.order, column.count = (None if t is None else t[chosen] for t in (column.order, column.count))
+            column.buffers = {}
         return new
 
     def tokens(self, B: int, T: int, live: Tensor | None, device: torch.device) -> Tokens:
@@ -366,6 +394,7 @@ class LLaMA(nn.Module):
         self.max_latent, self.tau, self.lam = config.max_latent, config.tau, config.lam  # dials: may be turned at any time
         self.checkpointing = False  # recompute each block in the backward pass instead of keeping its activations
         self.fixed_blocks = None  # run_blocks compiled for decoding, its shapes standing still
+        self.idle: list[Cache] = []  # what ended generations leave to the next: buffers that CUDA graphs know
         self.matmul_flops = self.attention_flops = 0  # executed in forwards so far: 2 per multiply-add, matrix products only
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -390,34 +419,41 @@ class LLaMA(nn.Module):
         if fixed:  # a power of two, and the same for all columns, as none is longer than column 0
             capacity = max(64, 1 << columns[0].size.bit_length()) if len(columns) == 1 else columns[0].order.size(1)
         columns[-1].reserve(tokens, capacity)
-        mask = make_mask(tokens, columns)
-        rope = self.rope[:, tokens.pos, None]
         if fixed:
-            z = self.fixed_blocks(z, rope, blocks, tokens, columns, mask).clone()  # the next replay of a CUDA graph writes where its output lies
+            z = self.fixed_blocks(z, blocks, tokens, columns).clone()  # the next replay of a CUDA graph writes where its output lies
         else:
-            z = self.run_blocks(z, rope, blocks, tokens, columns, mask)
+            z = self.run_blocks(z, blocks, tokens, columns)
         c, keys = self.config, sum(column.order[:, : column.end].size(1) for column in columns)
         self.matmul_flops += 2 * len(z) * len(blocks) * (4 * c.n_embd**2 + 3 * c.n_embd * c.n_ff)
         self.attention_flops += 4 * tokens.B * tokens.A * keys * c.n_embd * len(blocks)
         return z
 
-    def run_blocks(self, z: Tensor, rope: Tensor, blocks: list[Block], tokens: Tokens, columns: list[Column], mask) -> Tensor:
+    def run_blocks(self, z: Tensor, blocks: list[Block], tokens: Tokens, columns: list[Column]) -> Tensor:
+        columns[-1].seat(tokens)
+        mask, rope = make_mask(tokens, columns), self.rope[:, tokens.pos, None]
         for block in blocks:
             if self.checkpointing and torch.is_grad_enabled():
                 z = checkpoint(block, z, rope, tokens, columns, mask, use_reentrant=False)
             else:
                 z = block(z, rope, tokens, columns, mask)
+        columns[-1].where = None  # or a compiled pass would have to return it
         return z
 
     def compile_decoding(self, **options) -> None:
         """Compiles a pass of one new token a row, for `generate`: a graph for each number of columns.
 
-        On CUDA it is recorded as a CUDA graph, anew for each cache, capacity and number of live rows.
+        On CUDA it is recorded as a CUDA graph for each capacity and number of live rows.
         """
         torch._dynamo.config.recompile_limit = 64  # 1 … ℓ_max + 1 columns, one row or several, all of them or some
         if self.embed.weight.is_cuda:
             options = {"mode": "reduce-overhead"} | options
         self.fixed_blocks = torch.compile(self.run_blocks, dynamic=True, **options)
+
+    def to_bf16(self) -> None:
+        """Makes bf16 of the matrices of blocks and head, as bf16 autocast does at each use: the same numbers from fewer bytes. Not to train on."""
+        for parameter in (*self.blocks.parameters(), self.head.weight):
+            if parameter.dim() == 2:
+                parameter.data = parameter.data.bfloat16()
 
     def think(self, x: Tensor, tokens: Tokens, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, d), scaled embeddings → what the head reads (N, d), executed and expected latent steps (N,)."""
@@ -509,38 +545,42 @@ class LLaMA(nn.Module):
             raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: want >= 0, >= 1 and in (0, 1]")
         device, context = self.embed.weight.device, self.config.block_size
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-        running, cache, window = list(range(len(rows))), Cache(), context  # running: the rows that have not ended
-        for _ in range(max_new_tokens):
-            take = 1
-            if cache.length == 0 or cache.length == context:
-                take, window, cache = window, max(1, context // 2), Cache()
-            fed = [[]] * len(rows)
-            for i in running:
-                fed[i] = rows[i][-take:]
-            lengths = [len(row) for row in fed]
-            T = max(lengths)
-            tokens = torch.tensor([row + [0] * (T - len(row)) for row in fed], device=device)
-            live = None if min(lengths) == T else torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
-            with self.dials(tau, max_latent):
-                h, steps, expected, _ = self.hidden(tokens, cache, live)
-            if len(h) > len(running):  # of a prompt, the newest token
-                newest = torch.tensor([length for length in lengths if length], device=device).cumsum(0) - 1
-                h, steps, expected = h[newest], steps[newest], expected[newest]
-            logits = self.head(h).float()
-            self.matmul_flops += 2 * len(logits) * h.size(1) * logits.size(1)
-            token = sample(logits, temperature, top_k, top_p, generator)
-            prob = logits.softmax(1).gather(1, token[:, None]).squeeze(1)
-            at = torch.tensor(running, device=device)
+        running, window = list(range(len(rows))), context  # running: the rows that have not ended
+        cache = self.idle.pop() if self.idle else Cache()
+        try:
+            for _ in range(max_new_tokens):
+                take = 1
+                if cache.length == 0 or cache.length == context:
+                    take, window, cache = window, max(1, context // 2), cache.clear()
+                fed = [[]] * len(rows)
+                for i in running:
+                    fed[i] = rows[i][-take:]
+                lengths = [len(row) for row in fed]
+                T = max(lengths)
+                tokens = torch.tensor([row + [0] * (T - len(row)) for row in fed], device=device)
+                live = None if min(lengths) == T else torch.arange(T, device=device) < torch.tensor(lengths, device=device)[:, None]
+                with self.dials(tau, max_latent):
+                    h, steps, expected, _ = self.hidden(tokens, cache, live)
+                if len(h) > len(running):  # of a prompt, the newest token
+                    newest = torch.tensor([length for length in lengths if length], device=device).cumsum(0) - 1
+                    h, steps, expected = h[newest], steps[newest], expected[newest]
+                logits = self.head(h).float()
+                self.matmul_flops += 2 * len(logits) * h.size(1) * logits.size(1)
+                token = sample(logits, temperature, top_k, top_p, generator)
+                prob = logits.softmax(1).gather(1, token[:, None]).squeeze(1)
+                at = torch.tensor(running, device=device)
 
-            def spread(packed: Tensor) -> Tensor:  # (rows that run,) → (B,)
-                return packed if len(at) == len(rows) else packed.new_zeros(len(rows)).index_copy(0, at, packed)
+                def spread(packed: Tensor) -> Tensor:  # (rows that run,) → (B,)
+                    return packed if len(at) == len(rows) else packed.new_zeros(len(rows)).index_copy(0, at, packed)
 
-            yield Generated(spread(token), spread(prob), spread(steps), spread(expected), spread(torch.ones_like(at, dtype=torch.bool)))
-            for i, new in zip(running, token.tolist()):
-                rows[i].append(new)
-            running = [i for i in running if rows[i][-1] != stop]
-            if not running:
-                return
+                yield Generated(spread(token), spread(prob), spread(steps), spread(expected), spread(torch.ones_like(at, dtype=torch.bool)))
+                for i, new in zip(running, token.tolist()):
+                    rows[i].append(new)
+                running = [i for i in running if rows[i][-1] != stop]
+                if not running:
+                    return
+        finally:
+            self.idle.append(cache.clear())
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None) -> Tensor:

@@ -348,6 +348,19 @@ def test_block_mask_is_the_dense_mask():
         assert not flex[~real].any()
 
 
+def test_flex_attention_is_compiled_once_for_all_lengths():
+    mask_counter, counter = CompileCounterWithBackend("aot_eager"), CompileCounterWithBackend("aot_eager")
+    make_mask = torch.compile(block_mask, dynamic=True, backend=mask_counter)
+    attention = torch.compile(flex_attention, dynamic=True, backend=counter)
+    for A, S in ((140, 200), (150, 431), (270, 300), (300, 1000)):
+        query, key = torch.arange(A).expand(2, A) + S - A, torch.arange(S).expand(2, S)
+        q, k, v = (torch.randn(2, 2, n, 16) for n in (A, S, S))
+        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=(key[:, None, :] <= query[:, :, None])[:, None])
+        torch.testing.assert_close(attention(q, k, v, block_mask=make_mask(query, key)), dense, atol=1e-5, rtol=1e-5)
+    assert mask_counter.frame_count == counter.frame_count == 1
+
+
+
 def test_state_dict_has_metas_names_and_round_trips():
     model, other = make(), make(seed=7)
     names = set(model.state_dict())
@@ -416,13 +429,55 @@ def test_compiled_decoding_changes_no_number_and_is_compiled_once(method):
     model = make(method, n_layer=3 if method == "mor" else 1, block_size=128)
     prompts = [text(1, 58)[0].tolist(), [4], [5, 6]]  # the columns grow on the way from 64 seats to 128
     want = [list(model.generate(some, 12, temperature=0)) for some in (prompts, prompts[:1])]
-    counter, frames = CompileCounterWithBackend("eager"), []
+    counter, frames, addresses = CompileCounterWithBackend("eager"), [], []
     model.compile_decoding(backend=counter)
     for _ in range(2):
         for some, eager in zip((prompts, prompts[:1]), want):
+            list(model.generate(some, 12, temperature=0, tau=0.0))  # leaves buffers full of longer thoughts
             for a, b in zip(eager, model.generate(some, 12, temperature=0), strict=True):
                 assert torch.equal(a.token, b.token) and torch.equal(a.steps, b.steps)
                 torch.testing.assert_close(a.prob, b.prob, atol=1e-5, rtol=1e-4)
         frames.append(counter.frame_count)
-    assert frames[0] == frames[1] <= 12
+        addresses.append({t.data_ptr() for column in model.idle[0].columns for t in column.buffers.values()})
+    assert frames[0] == frames[1] <= 12 and addresses[0] == addresses[1] and len(model.idle) == 1
     assert (frames[0] > 0) == (method != "pause")  # which feeds several tokens a pass: no decoding of this kind
+
+
+def test_two_compiled_generations_at_once_do_not_share_a_cache():
+    model = make()
+    model.compile_decoding(backend="eager")
+    alone = [[g.token.item() for g in model.generate([prompt], 8, temperature=0)] for prompt in ([1, 2, 3], [4])]
+    both = zip(model.generate([[1, 2, 3]], 8, temperature=0), model.generate([[4]], 8, temperature=0))
+    assert [[g.token.item() for g in row] for row in zip(*both)] == alone
+
+
+@torch.no_grad()
+def test_copies_of_a_cache_decode_apart_when_compiled():
+    logits = []
+    for model in (make(block_size=128), make(block_size=128)):
+        if logits:
+            model.compile_decoding(backend="eager")
+        cache = Cache()
+        model(text(1, 62), cache=cache)
+        model(torch.tensor([[3]]), cache=cache)
+        copies = [cache.rows([0]), cache.rows([0])]
+        for token in (5, 6, 7):  # they grow from 64 seats to 128
+            logits += [model(torch.tensor([[token * (i + 1)]]), cache=copy).logits for i, copy in enumerate(copies)]
+    torch.testing.assert_close(logits[:6], logits[6:])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_autocast_is_near_and_bf16_weights_change_nothing_under_it(method):
+    model, idx, targets = make(method), text(), text(seed=5)
+    exact = model(idx, targets).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(idx, targets)
+        out.loss.backward()
+        assert out.loss.dtype == out.expected_steps.dtype == torch.float32 and out.logits.dtype == torch.bfloat16
+        torch.testing.assert_close(out.loss, exact, atol=0.03, rtol=0)
+        assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+        before = list(model.generate([[1, 2, 3], [4]], 8, temperature=0))
+        model.to_bf16()
+        assert torch.equal(model(idx, targets).logits, out.logits)
+        for a, b in zip(before, model.generate([[1, 2, 3], [4]], 8, temperature=0)):
+            assert torch.equal(a.token, b.token) and torch.equal(a.prob, b.prob) and torch.equal(a.steps, b.steps)
