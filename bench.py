@@ -276,25 +276,47 @@ def kept_bytes(model: LLaMA, idx: Tensor, targets: Tensor) -> int:
     return total
 
 
-class Contestant:
-    """One method, ready to be timed: a training step, a prefill, decoding at two batch sizes."""
+def measure_copy(device: torch.device) -> float:
+    """Bytes/s that the copy of a large tensor reads and writes: what bounds decoding at batch 1."""
+    a = torch.zeros(2**28 if device.type == "cuda" else 2**25, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(timed(lambda: b.copy_(a), device) for _ in range(8))
 
-    def __init__(self, bench: Bench, config: Config, mean: float | None, B: int, device: torch.device) -> None:
+
+class Contestant:
+    """One method, ready to be timed: a training step, a prefill, decoding at two batch sizes.
+
+    `twin` has the same config and lends its model and optimizer, as not all of a large shape would fit on a GPU.
+    """
+
+    def __init__(self, bench: Bench, config: Config, mean: float | None, B: int, device: torch.device, twin: "Contestant | None" = None) -> None:
         self.device, self.config, self.mean = device, config, mean
-        self.model = make(config, device, mean)
-        if compiles(bench.compile, device):
-            for block in self.model.blocks:
-                block.compile()
-            self.model.compile_decoding()
-            torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024  # contestants share code, but not their graphs
-        self.optimizer = make_optimizer(self.model, bench)
+        if twin:
+            self.model, self.decoder, self.optimizer = twin.model, twin.decoder, twin.optimizer
+        else:
+            self.model = self.decoder = make(config, device, mean)
+            if device.type == "cuda":
+                self.decoder = make(config, device, mean)
+                self.decoder.to_bf16()
+            self.optimizer = make_optimizer(self.model, bench)
+            if compiles(bench.compile, device):
+                for block in {*self.model.blocks, *self.decoder.blocks}:
+                    block.compile()
+                self.decoder.compile_decoding()
+                torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024  # contestants share code, but not their graphs
         self.idx, self.targets = (torch.randint(0, config.vocab_size, (B, config.block_size), device=device) for _ in range(2))
         self.times: dict[str, list[float]] = {"training": [], "prefill": [], "decode 1": [], "decode 16": []}
         self.training_flops: list[float] = []  # of each round, per token: ponder2 draws its rounds
+        self.bandwidth: list[float] = []  # of each round, bytes/s
         self.memory = 0
 
+    def ready(self, model: LLaMA) -> LLaMA:
+        if self.mean is not None:
+            model.router.q = going_on(self.mean, self.config.max_latent)
+        return model
+
     def training(self) -> None:
-        self.model.train()
+        self.ready(self.model).train()
         with autocast(self.device):
             loss = self.model(self.idx, self.targets).loss
         loss.backward()
@@ -303,27 +325,33 @@ class Contestant:
 
     @torch.no_grad()
     def prefill(self) -> None:
-        self.model.eval()
+        self.ready(self.decoder).eval()
         with autocast(self.device):
-            self.model.hidden(self.idx, Cache())
+            self.decoder.hidden(self.idx, Cache())
 
     @torch.no_grad()
     def decode(self, B: int, new: int) -> None:
         """Time of `new` tokens after a prompt of half the context, the prompt not counted."""
-        self.model.eval()
+        model = self.ready(self.decoder).eval()
         prompt = self.idx[:1, : self.config.block_size // 2].expand(B, -1)
         with autocast(self.device):
-            stream = self.model.generate(prompt, new + 1, temperature=0)
+            stream = model.generate(prompt, new + 1, temperature=0)
             next(stream)
-            self.times[f"decode {B}"].append(timed(lambda: list(stream), self.device) / new / B)
+            before = model.matmul_flops + model.attention_flops
+            took = timed(lambda: list(stream), self.device)
+        self.times[f"decode {B}"].append(took / new / B)
+        if B == 1:  # a weight, key or value is read for each multiply-add
+            read = (model.matmul_flops + model.attention_flops - before) / 2 * model.head.weight.itemsize
+            self.bandwidth.append(read / took)
 
     def round(self, new: int) -> None:
         before, cuda = training_flops(self.model), self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
+            others = torch.cuda.memory_allocated() - 3 * sum(p.nbytes for p in self.model.parameters())  # weights, and two moments in AdamW, are its own
         self.times["training"].append(timed(self.training, self.device) / self.idx.numel())
         self.training_flops.append((training_flops(self.model) - before) / self.idx.numel())
-        self.memory = torch.cuda.max_memory_allocated() if cuda else self.memory or kept_bytes(self.model, self.idx, self.targets)
+        self.memory = torch.cuda.max_memory_allocated() - others if cuda else self.memory or kept_bytes(self.model, self.idx, self.targets)
         self.times["prefill"].append(timed(self.prefill, self.device) / self.idx.numel())
         for B in (1, 16):
             self.decode(B, new)
@@ -341,36 +369,40 @@ def bench_speed(bench: Bench) -> None:
             plan |= {f"adaptive, {m:g} steps": (config, m) for m in means}
         else:
             plan[name] = (config, None)
-    contestants = {name: Contestant(bench, config, mean, B, device) for name, (config, mean) in plan.items()}
+    contestants: dict[str, Contestant] = {}
+    for name, (config, mean) in plan.items():
+        twin = next((c for c in contestants.values() if c.config == config), None)
+        contestants[name] = Contestant(bench, config, mean, B, device, twin)
     for contestant in tqdm(contestants.values(), desc="warming up", disable=not sys.stderr.isatty()):
         contestant.round(new)
-        contestant.times, contestant.training_flops = {key: [] for key in contestant.times}, []
-    roof = measure_roof(device)
+        contestant.times, contestant.training_flops, contestant.bandwidth = {key: [] for key in contestant.times}, [], []
+    roof, copy = measure_roof(device), measure_copy(device)
     for _ in tqdm(range(bench.rounds), desc="rounds", disable=not sys.stderr.isatty()):
         for contestant in contestants.values():
             contestant.round(new)
-        roof = max(roof, measure_roof(device))
+        roof, copy = max(roof, measure_roof(device)), max(copy, measure_copy(device))
     records = {}
     for name, c in contestants.items():
         middle = {key: statistics.median(times) for key, times in c.times.items()}
         spread = {key: (max(times) - min(times)) / middle[key] for key, times in c.times.items()}
         per_second = [flops / t for flops, t in zip(c.training_flops, c.times["training"])]
         records[name] = {"tokens_per_second": {key: 1 / t for key, t in middle.items()}, "spread": spread, "training_flops_per_token": statistics.median(c.training_flops),
-                         "mfu": statistics.median(per_second) / roof, "memory": c.memory}
+                         "mfu": statistics.median(per_second) / roof, "bandwidth": statistics.median(c.bandwidth) / copy, "memory": c.memory}
     reference = records.get("vanilla") or next(iter(records.values()))
     for r in records.values():
         r["time_ratio"] = reference["tokens_per_second"]["training"] / r["tokens_per_second"]["training"]
         r["flop_ratio"] = r["training_flops_per_token"] / reference["training_flops_per_token"]
     print(table(["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU",
-                 "prefill tok/s", "decode tok/s, batch 1", "batch 16", "peak MiB" if device.type == "cuda" else "kept MiB"],
+                 "prefill tok/s", "decode tok/s, batch 1", "of bandwidth", "batch 16", "peak MiB" if device.type == "cuda" else "kept MiB"],
                 [[name, f"{r['tokens_per_second']['training']:,.0f}", f"{r['spread']['training']:.0%}", f"{r['time_ratio']:.2f}", f"{r['flop_ratio']:.2f}",
-                  f"{r['time_ratio'] / r['flop_ratio']:.2f}", f"{r['mfu']:.0%}", *(f"{r['tokens_per_second'][k]:,.0f}" for k in ("prefill", "decode 1", "decode 16")),
+                  f"{r['time_ratio'] / r['flop_ratio']:.2f}", f"{r['mfu']:.0%}", *(f"{r['tokens_per_second'][k]:,.0f}" for k in ("prefill", "decode 1")), f"{r['bandwidth']:.0%}", f"{r['tokens_per_second']['decode 16']:,.0f}",
                   f"{r['memory'] / 2**20:,.0f}"] for name, r in records.items()]))
     info = about()
-    print(f"\n{info['machine']}, torch {info['torch']}; {B} × {base.block_size} tokens, medians of {bench.rounds} alternating rounds; roof {roof / 1e12:.3f} TFLOP/s; "
+    print(f"\n{info['machine']}, torch {info['torch']}; {B} × {base.block_size} tokens, medians of {bench.rounds} alternating rounds; roof {roof / 1e12:.3f} TFLOP/s, "
+          f"copy {copy / 1e9:.1f} GB/s; "
           "adaptive is forced to a mean of latent steps; decoding starts at half the context; kept: what a forward keeps for its backward, weights included")
     kind = device.type + ("-compiled" if compiles(bench.compile, device) else "")
-    write_json(Path(bench.results) / f"speed-{kind}-{base.n_layer}x{base.n_embd}.json", info | {"roof": roof, "batch": B, "context": base.block_size, "methods": records})
+    write_json(Path(bench.results) / f"speed-{kind}-{base.n_layer}x{base.n_embd}.json", info | {"roof": roof, "copy": copy, "batch": B, "context": base.block_size, "methods": records})
 
 
 def bench_growth(bench: Bench) -> None:

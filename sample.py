@@ -20,7 +20,7 @@ import torch
 
 from configurator import BadInput, configure, run
 from model import LLaMA
-from train import compiles, load_checkpoint, pick_device
+from train import autocast, compiles, load_checkpoint, pick_device
 
 ANSI = (0, 114, 220, 208, 203, 199, 165, 129, 93)  # 256-colour codes for 0, 1, 2, … latent steps; 0: the terminal's own
 CSS = ("transparent", "#d9f2d9", "#fff3b0", "#ffd6a5", "#ffadad", "#ff9bd2", "#e3a5ff", "#c4a5ff", "#a5a8ff")
@@ -134,6 +134,8 @@ def main() -> None:
         ids = ids[-context:]
     if config.html and not Path(config.html).resolve().parent.is_dir():
         raise BadInput(f"--html={config.html}: its folder does not exist")
+    if device.type == "cuda":  # as it was trained, in bf16
+        model.to_bf16()
     if compiles(config.compile, device):
         print("sample.py: compiling; the first tokens take a while", file=sys.stderr)
         model.compile_decoding()
@@ -141,7 +143,7 @@ def main() -> None:
     most = model.max_latent if config.max_latent is None else config.max_latent
     if colours:
         print("latent steps: " + " ".join(f"\x1b[38;5;{colour(ANSI, k)}m{k}\x1b[0m" if k else "0" for k in range(most + 1)) + "\n")
-    with model.dials(config.tau, config.max_latent):
+    with autocast(device), model.dials(config.tau, config.max_latent):
         pieces = explain(model, tokenizer, ids)
     written, began = len(pieces), time.perf_counter()
 
@@ -159,10 +161,11 @@ def main() -> None:
         except ValueError as error:
             raise BadInput(str(error)) from None
 
-    for text, group in whole_characters(stream()):
-        steps = max(piece.steps or 0 for piece in group)
-        sys.stdout.write(f"\x1b[38;5;{colour(ANSI, steps)}m{text}\x1b[0m" if colours and steps else text)
-        sys.stdout.flush()
+    with autocast(device):
+        for text, group in whole_characters(stream()):
+            steps = max(piece.steps or 0 for piece in group)
+            sys.stdout.write(f"\x1b[38;5;{colour(ANSI, steps)}m{text}\x1b[0m" if colours and steps else text)
+            sys.stdout.flush()
     took, new = time.perf_counter() - began, pieces[written:]
     mean = sum(piece.steps for piece in new) / max(1, len(new))
     print(f"\n\n{len(new)} tokens, {len(new) / took:.1f} tokens/s, {mean:.2f} latent steps per token of at most {most}", file=sys.stderr)
