@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -115,14 +116,13 @@ class ForcedRouter(nn.Module):
 
     def __init__(self, router: nn.Linear, q: float) -> None:
         super().__init__()
-        self.router, self.q = router, q
-        self.generator = torch.Generator().manual_seed(0)
+        self.router, self.q, self.random = router, q, random.Random(0)
+        self.generator = torch.Generator(router.weight.device).manual_seed(0)
 
     def forward(self, h: Tensor) -> Tensor:
-        count = math.floor(self.q * len(h) + torch.rand((), generator=self.generator).item())  # right on average, also for one token
-        chosen = torch.randperm(len(h), generator=self.generator)[:count].to(h.device)
-        force = torch.full((len(h), 1), -30.0, device=h.device).index_fill_(0, chosen, 30.0)
-        return self.router(h) * 0 + force
+        count = math.floor(self.q * len(h) + self.random.random())  # right on average, also for one token
+        chosen = torch.randperm(len(h), generator=self.generator, device=h.device) < count
+        return (60.0 * chosen - 30.0)[:, None].add(self.router(h), alpha=0)
 
 
 def make(config: Config, device: torch.device | str, mean_latent: float | None = None) -> LLaMA:
