@@ -9,8 +9,8 @@
 What is notable here:
 * FLOPs are counted, not assumed: halted tokens are absent from what torch.utils.flop_counter sees. The closed formula is in
   the docstring of `formula`, and a test holds the two equal.
-* Speed alternates the methods round by round and quotes medians, so that a machine that drifts favours nobody. MFU is
-  against the roof that the same run measured with a large matrix product.
+* Speed alternates the methods round by round, in another order each time, and quotes medians, so that a machine that drifts
+  favours nobody. MFU is against the roof that the same run measured with a large matrix product.
 * Quality trains every method on the same batches from the same seeds. Finished runs are read back from results/.
 """
 
@@ -377,8 +377,8 @@ def bench_speed(bench: Bench) -> None:
         contestant.round(new)
         contestant.times, contestant.training_flops, contestant.bandwidth = {key: [] for key in contestant.times}, [], []
     roof, copy = measure_roof(device), measure_copy(device)
-    for _ in tqdm(range(bench.rounds), desc="rounds", disable=not sys.stderr.isatty()):
-        for contestant in contestants.values():
+    for i in tqdm(range(bench.rounds), desc="rounds", disable=not sys.stderr.isatty()):
+        for contestant in random.Random(i).sample(list(contestants.values()), len(contestants)):  # who follows the roof, or a long one, should change
             contestant.round(new)
         roof, copy = max(roof, measure_roof(device)), max(copy, measure_copy(device))
     records = {}
