@@ -340,8 +340,9 @@ class Contestant:
             before = model.matmul_flops + model.attention_flops
             took = timed(lambda: list(stream), self.device)
         self.times[f"decode {B}"].append(took / new / B)
-        if B == 1:  # a weight, key or value is read for each multiply-add
-            read = (model.matmul_flops + model.attention_flops - before) / 2 * model.head.weight.itemsize
+        if B == 1:  # a weight, key or value is read for each multiply-add; by pause for those of all its tokens
+            together = self.config.max_latent + 1 if self.config.method == "pause" else 1
+            read = (model.matmul_flops + model.attention_flops - before) / 2 / together * model.head.weight.itemsize
             self.bandwidth.append(read / took)
 
     def round(self, new: int) -> None:
