@@ -105,11 +105,10 @@ class Tokens:
         if n == len(live):
             return self, torch.arange(n, device=live.device)
         index = live.nonzero_static(size=n).squeeze(1)
-        pos, row = self.pos[index], self.row[index]
-        order = pos if self.order is self.pos else self.order[index]
+        row = self.row[index]
         rank = torch.arange(n, device=live.device) - (count.cumsum(0) - count)[row]
         seat = None if n == self.B * longest else row * longest + rank
-        return Tokens(pos, order, row, seat, self.B, longest, self.newest), index
+        return Tokens(self.pos[index], self.order[index], row, seat, self.B, longest, self.newest), index
 
     def grid(self, packed: Tensor) -> Tensor:
         """(N, …) → (B, A, …), zeros on empty seats."""
@@ -157,7 +156,7 @@ class Column:
         if (ragged or capacity) and self.count is None:
             self.count = torch.full((tokens.B,), self.size, device=tokens.row.device)
         if capacity and self.end is not None:
-            self.count = self.grown(self.count, "count", 0, tokens.B, 0, True)
+            self.count = self.grown(self.count.clone(), "count", 0, tokens.B, 0, True)  # it may be that buffer itself
         if ragged and not capacity:
             self.size = int(self.count.index_add(0, tokens.row, torch.ones_like(tokens.row)).max())
         else:
@@ -250,7 +249,7 @@ class Cache:
         self.next_pos = self.next_pos + (T if live is None else live.sum(1))
         self.length += T
         row = torch.arange(B, device=device).repeat_interleave(T, output_size=B * T)
-        tokens = Tokens(pos, pos, row, None, B, T, T == 1)
+        tokens = Tokens(pos, pos.clone(), row, None, B, T, T == 1)  # two tensors: compiled code is guarded by who is who
         return tokens if live is None else tokens.select(live.flatten())[0]
 
 

@@ -466,6 +466,21 @@ def test_copies_of_a_cache_decode_apart_when_compiled():
     torch.testing.assert_close(logits[:6], logits[6:])
 
 
+@torch.no_grad()
+def test_compiled_decoding_goes_on_after_a_chunk():
+    model, cached, idx = make(), Cache(), text(1, 13)
+    model.compile_decoding(backend="eager")
+    logits = [model(part, cache=cached).logits for part in idx.split([5, 1, 1, 3, 1, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(logits, 1), make()(idx).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_models_of_several_methods_are_compiled_side_by_side():
+    for method in ("ponder2", "vanilla", "mor", "vanilla"):
+        model = make(method, max_latent=1, n_layer=1 if method == "vanilla" else 3)
+        model.compile_decoding(backend="eager")
+        assert len(list(model.generate([[1, 2, 3]], 6, temperature=0))) == 6
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_bf16_autocast_is_near_and_bf16_weights_change_nothing_under_it(method):
     model, idx, targets = make(method), text(), text(seed=5)
