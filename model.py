@@ -172,10 +172,11 @@ class Column:
     def grown(self, t: Tensor, name: str, dim: int, size: int, fill: int, still: bool) -> Tensor:
         """A buffer that begins with t. Where shapes stand still, the next text gets the same one: a CUDA graph writes where it lies."""
         shape = (*t.shape[:dim], size, *t.shape[dim + 1 :])
-        buffer = self.buffers.get((name, shape, t.dtype))
+        kind = (name, shape, t.dtype, t.device, torch.is_inference_mode_enabled())
+        buffer = self.buffers.get(kind)
         buffer = t.new_full(shape, fill) if buffer is None else buffer.fill_(fill)
         if still:
-            self.buffers[name, shape, t.dtype] = buffer
+            self.buffers[kind] = buffer
             torch._dynamo.mark_static_address(buffer, guard=False)
         buffer.narrow(dim, 0, t.size(dim)).copy_(t)
         return buffer
@@ -249,7 +250,7 @@ class Cache:
         self.next_pos = self.next_pos + (T if live is None else live.sum(1))
         self.length += T
         row = torch.arange(B, device=device).repeat_interleave(T, output_size=B * T)
-        tokens = Tokens(pos, pos.clone(), row, None, B, T, T == 1)  # two tensors: compiled code is guarded by who is who
+        tokens = Tokens(pos, pos.clone(), row, None, B, T, T == 1)  # a copy, as a compiled pass is guarded by which tensors are one
         return tokens if live is None else tokens.select(live.flatten())[0]
 
 
