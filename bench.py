@@ -290,7 +290,8 @@ class Contestant:
     """
 
     def __init__(self, bench: Bench, config: Config, mean: float | None, B: int, device: torch.device, twin: "Contestant | None" = None) -> None:
-        self.device, self.config, self.mean = device, config, mean
+        self.device, self.config = device, config
+        self.share = None if mean is None else going_on(mean, config.max_latent)
         if twin:
             self.model, self.decoder, self.optimizer = twin.model, twin.decoder, twin.optimizer
         else:
@@ -311,8 +312,9 @@ class Contestant:
         self.memory = 0
 
     def ready(self, model: LLaMA) -> LLaMA:
-        if self.mean is not None:
-            model.router.q = going_on(self.mean, self.config.max_latent)
+        """The model with this contestant's share in its router, which twins have in common."""
+        if self.share is not None:
+            model.router.q = self.share
         return model
 
     def training(self) -> None:
@@ -359,7 +361,7 @@ class Contestant:
 
 
 def bench_speed(bench: Bench) -> None:
-    device = pick_device(bench.device)
+    device, info = pick_device(bench.device), about()
     vocab_size, B = bench.vocab_size or 257, bench.batch or (8 if device.type == "cuda" else 4)
     base, new = bench.model_config(vocab_size), min(32, bench.block_size // 2 - 1)
     plan: dict[str, tuple[Config, float | None]] = {}
@@ -398,7 +400,6 @@ def bench_speed(bench: Bench) -> None:
                 [[name, f"{r['tokens_per_second']['training']:,.0f}", f"{r['spread']['training']:.0%}", f"{r['time_ratio']:.2f}", f"{r['flop_ratio']:.2f}",
                   f"{r['time_ratio'] / r['flop_ratio']:.2f}", f"{r['mfu']:.0%}", *(f"{r['tokens_per_second'][k]:,.0f}" for k in ("prefill", "decode 1")), f"{r['bandwidth']:.0%}", f"{r['tokens_per_second']['decode 16']:,.0f}",
                   f"{r['memory'] / 2**20:,.0f}"] for name, r in records.items()]))
-    info = about()
     print(f"\n{info['machine']}, torch {info['torch']}; {B} × {base.block_size} tokens, medians of {bench.rounds} alternating rounds; roof {roof / 1e12:.3f} TFLOP/s, "
           f"copy {copy / 1e9:.1f} GB/s; "
           "adaptive is forced to a mean of latent steps; decoding starts at half the context; kept: what a forward keeps for its backward, weights included")
@@ -408,7 +409,7 @@ def bench_speed(bench: Bench) -> None:
 
 def bench_growth(bench: Bench) -> None:
     """Prefill and decoding, batch 1, at a mean of one latent step: against the context, and against ℓ_max at the config's own context."""
-    device = pick_device(bench.device)
+    device, info = pick_device(bench.device), about()
     base = replace(bench.model_config(bench.vocab_size or 257), method="adaptive")
     plan = {f"context {c}": (replace(base, block_size=c), 1.0) for c in bench.contexts}
     plan |= {f"context {c}, vanilla": (replace(base, block_size=c, method="vanilla"), None) for c in bench.contexts}
@@ -427,7 +428,7 @@ def bench_growth(bench: Bench) -> None:
     print(table(["context", "prefill", "decode", "vanilla: prefill", "decode", "ratio: prefill", "decode"],
                 [[str(c), *row(f"context {c}"), *row(f"context {c}, vanilla"), *against(f"context {c}", f"context {c}, vanilla")] for c in bench.contexts]))
     print("\n" + table(["ℓ_max", "prefill", "decode"], [[name.split()[1], *row(name)] for name in plan if name.startswith("ℓ_max")]))
-    write_json(Path(bench.results) / f"growth-{device.type}-{base.n_layer}x{base.n_embd}.json", about() | {"microseconds_per_token": micro})
+    write_json(Path(bench.results) / f"growth-{device.type}-{base.n_layer}x{base.n_embd}.json", info | {"microseconds_per_token": micro})
 
 
 # ----------------------------------------------------------------------------------------------------------- quality
@@ -453,6 +454,7 @@ class Quality:
     """The runs that the tables need, made or read back. A run's name tells all that sets it apart from the base config."""
 
     def __init__(self, bench: Bench) -> None:
+        self.about = about()  # now, as the commit may be another when a run ends
         self.bench, self.path = bench, Path(bench.results) / f"quality-{bench.n_layer}x{bench.n_embd}-{bench.max_steps}.json"
         self.base = {f.name: getattr(bench, f.name) for f in fields(Train)}
         self.base |= {"eval_every": max(1, bench.max_steps // 10), "save_every": bench.max_steps, "log_every": 1, "resume": False}
@@ -472,7 +474,7 @@ class Quality:
         for name, result in self._results(missing):
             if not result:
                 raise BadInput("interrupted; the same command goes on from here")
-            self.runs[name] = result | missing[name] | about()
+            self.runs[name] = result | missing[name] | self.about
             write_json(self.path, {"settings": self._settings(), "runs": self.runs})
             tqdm.write(f"{name}: validation loss {result['val_loss']:.4f}", file=sys.stdout)
             bar.update()
