@@ -449,11 +449,16 @@ class LLaMA(nn.Module):
             options = {"mode": "reduce-overhead"} | options
         self.fixed_blocks = torch.compile(self.run_blocks, dynamic=True, **options)
 
-    def to_bf16(self) -> None:
-        """Makes bf16 of the matrices of blocks and head, as bf16 autocast does at each use: the same numbers from fewer bytes. Not to train on."""
+    def for_decoding(self, dtype: torch.dtype = torch.float32) -> None:
+        """Stores the matrices of blocks and head as decoding reads them fastest. Not to train on.
+
+        dtype bf16 is what bf16 autocast makes of them at each use: the same numbers from fewer bytes. On a CPU they are laid out
+        input by input: a product with 4 to 63 rows then takes MKL half the time at small widths, and one row no longer.
+        """
         for parameter in (*self.blocks.parameters(), self.head.weight):
             if parameter.dim() == 2:
-                parameter.data = parameter.data.bfloat16()
+                weight = parameter.data.to(dtype)
+                parameter.data = weight if weight.is_cuda else weight.T.contiguous().T
 
     def think(self, x: Tensor, tokens: Tokens, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, d), scaled embeddings → what the head reads (N, d), executed and expected latent steps (N,)."""

@@ -134,8 +134,7 @@ def main() -> None:
         ids = ids[-context:]
     if config.html and not Path(config.html).resolve().parent.is_dir():
         raise BadInput(f"--html={config.html}: its folder does not exist")
-    if device.type == "cuda":  # as it was trained, in bf16
-        model.to_bf16()
+    model.for_decoding(torch.bfloat16 if device.type == "cuda" else torch.float32)
     if compiles(config.compile, device):
         print("sample.py: compiling; the first tokens take a while", file=sys.stderr)
         model.compile_decoding()

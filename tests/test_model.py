@@ -1,5 +1,6 @@
 """The invariants of the model: gathered ≡ dense, decoding ≡ parallel ≡ chunked, causality, independence of rows, vanilla ≡ LLaMA."""
 
+import copy
 import math
 
 import pytest
@@ -489,6 +490,21 @@ def test_models_of_several_methods_are_compiled_side_by_side():
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_weights_laid_out_for_decoding_give_the_same_tokens_and_load_elsewhere(method):
+    model, prompts = make(method), [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11]]  # enough rows for another product than one row's
+    before, logits, state = list(model.generate(prompts, 8, temperature=0)), model(text()).logits, copy.deepcopy(model.state_dict())
+    model.for_decoding()
+    torch.testing.assert_close(model(text()).logits, logits)
+    for a, b in zip(before, model.generate(prompts, 8, temperature=0)):
+        assert torch.equal(a.token, b.token) and torch.equal(a.steps, b.steps)
+        torch.testing.assert_close(a.prob, b.prob)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    other = make(method)
+    other.load_state_dict(model.state_dict())
+    assert all(p.is_contiguous() for p in other.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_bf16_autocast_is_near_and_bf16_weights_change_nothing_under_it(method):
     model, idx, targets = make(method), text(), text(seed=5)
     exact = model(idx, targets).loss
@@ -499,7 +515,7 @@ def test_bf16_autocast_is_near_and_bf16_weights_change_nothing_under_it(method):
         torch.testing.assert_close(out.loss, exact, atol=0.03, rtol=0)
         assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
         before = list(model.generate([[1, 2, 3], [4]], 8, temperature=0))
-        model.to_bf16()
+        model.for_decoding(torch.bfloat16)
         assert torch.equal(model(idx, targets).logits, out.logits)
         for a, b in zip(before, model.generate([[1, 2, 3], [4]], 8, temperature=0)):
             assert torch.equal(a.token, b.token) and torch.equal(a.prob, b.prob) and torch.equal(a.steps, b.steps)
