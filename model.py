@@ -349,11 +349,11 @@ class Block(nn.Module):
 
 
 def products(x: Tensor, weight: Tensor, n: int) -> list[Tensor]:
-    """x (N, d) with each of the n parts of a fused weight: one product, but n to train on a CPU.
+    """x (N, d) with each of the n parts of a fused weight: one product, but n to train on a CPU uncompiled.
 
     There each result lies whole in memory, and backward has none to join: 8 to 10 % of a step at 6 layers of width 384.
     """
-    if x.is_cuda or not torch.is_grad_enabled():
+    if x.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return F.linear(x, weight).chunk(n, -1)
     return [F.linear(x, part) for part in weight.chunk(n)]
 
