@@ -444,7 +444,12 @@ def _keep_log_until(path: Path, step: int) -> None:
 
 
 def main() -> None:
-    train(configure(Train, default=TINY))
+    config = configure(Train, default=TINY)
+    try:
+        train(config)
+    except torch.OutOfMemoryError:
+        raise BadInput(f"the GPU's memory is too small for --micro_batch_size={config.micro_batch_size} (0: all that fall to a process); "
+                       "a lower one or --checkpointing takes less and changes no number, also with --resume") from None
     if dist.is_initialized():  # not in train: DDP must be gone first, or its destructor waits for gloo's thread, which waits for the GIL
         dist.destroy_process_group()
 

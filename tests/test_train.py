@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import train as train_module
 from baselines import METHODS
-from configurator import BadInput
+from configurator import BadInput, run
 from train import BudgetController, Data, Train, load_checkpoint, train
 
 ROOT = Path(__file__).parent.parent
@@ -293,3 +294,15 @@ def test_wrong_checkpoints(data, tmp_path):
 def test_help_prints_every_field():
     out = script("train.py", "--help")
     assert "--tau=0.1" in out and "reach is at least" in out and "--budget=None" in out and "λ is steered" in out
+
+
+def test_too_little_gpu_memory_is_one_line(monkeypatch, capsys):
+    def train(config):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train_module, "train", train)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--micro_batch_size=8"])
+    with pytest.raises(SystemExit) as stopped:
+        run(train_module.main)
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and line.count("\n") == 1 and "--micro_batch_size=8" in line and "--checkpointing" in line
