@@ -296,7 +296,7 @@ class Contestant:
             self.model, self.decoder, self.optimizer = twin.model, twin.decoder, twin.optimizer
         else:
             self.model, self.decoder = make(config, device, mean), make(config, device, mean)
-            self.decoder.for_decoding(torch.bfloat16 if device.type == "cuda" else torch.float32)
+            self.decoder.for_decoding()
             self.optimizer = make_optimizer(self.model, bench)
             if compiles(bench.compile, device):
                 for block in {*self.model.blocks, *self.decoder.blocks}:

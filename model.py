@@ -449,15 +449,16 @@ class LLaMA(nn.Module):
             options = {"mode": "reduce-overhead"} | options
         self.fixed_blocks = torch.compile(self.run_blocks, dynamic=True, **options)
 
-    def for_decoding(self, dtype: torch.dtype = torch.float32) -> None:
+    def for_decoding(self, dtype: torch.dtype | None = None) -> None:
         """Stores the matrices of blocks and head as decoding reads them fastest. Not to train on.
 
-        dtype bf16 is what bf16 autocast makes of them at each use: the same numbers from fewer bytes. On a CPU they are laid out
-        input by input: a product with 4 to 63 rows then takes MKL half the time at small widths, and one row no longer.
+        dtype None: bf16 on CUDA, to run under bf16 autocast, which makes that of them at each use: the same numbers from fewer bytes.
+        On a CPU fp32, input by input in memory: a product with 4 to 63 rows then takes MKL half the time at small widths, and one row
+        no longer.
         """
         for parameter in (*self.blocks.parameters(), self.head.weight):
             if parameter.dim() == 2:
-                weight = parameter.data.to(dtype)
+                weight = parameter.data.to(dtype or (torch.bfloat16 if parameter.is_cuda else torch.float32))
                 parameter.data = weight if weight.is_cuda else weight.T.contiguous().T
 
     def think(self, x: Tensor, tokens: Tokens, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:

@@ -134,7 +134,7 @@ def main() -> None:
         ids = ids[-context:]
     if config.html and not Path(config.html).resolve().parent.is_dir():
         raise BadInput(f"--html={config.html}: its folder does not exist")
-    model.for_decoding(torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model.for_decoding()
     if compiles(config.compile, device):
         print("sample.py: compiling; the first tokens take a while", file=sys.stderr)
         model.compile_decoding()
