@@ -299,7 +299,7 @@ class Contestant:
             self.decoder.for_decoding()
             self.optimizer = make_optimizer(self.model, bench)
             if compiles(bench.compile, device):
-                for block in {*self.model.blocks, *self.decoder.blocks}:
+                for block in (*self.model.blocks, *self.decoder.blocks):
                     block.compile()
                 self.decoder.compile_decoding()
                 torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1024  # contestants share code, but not their graphs
