@@ -1,0 +1,16 @@
+"""Six layers of width 384: matrix products fill a laptop CPU. The shape of the README's cost table."""
+
+data = "data/python"
+out = "out/small"
+n_layer = 6
+n_head = 6
+n_embd = 384
+n_ff = 1024
+block_size = 256
+init_std = 0.032  # 1 / sqrt(2.5 d): the scaled embedding has unit RMS, as at the paper's widths
+max_latent = 3
+budget = 1.4
+beta = 2.0
+global_batch_size = 8
+max_steps = 3000
+learning_rate = 2e-3
