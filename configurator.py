@@ -1,151 +1,274 @@
-"""Config files of plain assignments and --key=value, into one checked dataclass: `configure(Train, positional=("config",))`.
+"""The command line: config files of plain assignments, then --key=value, into one checked dataclass.
 
-What is notable here: nothing is executed and nothing is global. A config file may hold literals only, a value must be of its
-field's type, and an unknown key is answered with the closest known one. `--help` prints every field with its default and
-the comment that stands behind it in the source.
+    config = configure(Train, default=Path("config/tiny.py"))
+
+What is notable here:
+* No code is executed: a config file holds literals only, each of its field's type.
+* RANGES is the one place that says which values the fields of all scripts may have.
+* An unknown setting is answered with the closest known one, or with our name for what nanoGPT calls so.
+* --help is read from the source text: it answers at once, and shows the defaults that apply.
 """
 
 import ast
-import dataclasses
 import difflib
 import inspect
 import re
 import sys
+import textwrap
 import types
 import typing
 from pathlib import Path
 
+_FIELDS = {  # range → fields of any script that must lie in it, each item of a list; None is always allowed
+    "in [0, 1]": "tau warmup",
+    "in (0, 1]": "norm_eps top_p",
+    "in [0, 1)": "beta1 beta2",
+    "in (0, 1)": "val_fraction",
+    "in (0, 10]": "init_std",
+    "in (0, inf)": "learning_rate rates rope_theta",
+    "in [0, inf)": "lam beta budget budgets weight_decay grad_clip mean_latent",
+    "in [-100, 100]": "router_bias",
+    "0 or in [0.001, 100]": "temperature",
+    "in [0, 1000]": "max_latent num_fewshot",
+    "in [0, 4294967295]": "seed",
+    "in [1, 1000]": "n_layer jobs",
+    "in [1, 1048576]": "block_size n_head n_embd n_ff",
+    "in [16, 1048576]": "contexts",
+    "in [2, 1e9]": "max_tokens",
+    "in [0, 1e9]": "vocab_size n_kv_head micro_batch_size top_k keep_every",
+    "in [1, 1e9]": "max_steps global_batch_size eval_every eval_windows save_every log_every rounds seeds "
+                   "stride batch batch_size limit max_new_tokens num_samples",
+    "not empty": "input text out data run results tokenizer key",
+}
+RANGES = {name: text for text, names in _FIELDS.items() for name in names.split()}
+NANOGPT = {  # nanoGPT's name → ours; empty: nothing here does that
+    "batch_size": "micro_batch_size", "gradient_accumulation_steps": "global_batch_size",
+    "lr": "learning_rate", "max_iters": "max_steps", "lr_decay_iters": "max_steps", "out_dir": "out",
+    "eval_iters": "eval_windows", "eval_interval": "eval_every", "log_interval": "log_every",
+    "warmup_iters": "warmup", "dataset": "data", "init_from": "resume", "start": "prompt",
+    "dropout": "", "bias": "", "min_lr": "",
+}
+
 
 class BadInput(ValueError):
-    """What the user gave cannot be used. Its one line names the file or flag, what is wrong and what would be right."""
+    """What the user gave cannot be used. One line: the file or flag, what is wrong, what would be right."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, as part of a line."""
+    text = getattr(error, "strerror", None) or str(error)
+    return textwrap.shorten(text, 160, placeholder=" …") or type(error).__name__
 
 
 def run(main) -> None:
-    """Calls main(); on BadInput prints its line to stderr and exits with code 2."""
+    """Calls main(). BadInput becomes a line on stderr and exit code 2, Ctrl-C a line and exit code 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the encoding lacks, such as λ in cp1252, becomes a "?"
+            stream.reconfigure(errors="replace")
+    script = Path(sys.argv[0]).name
     try:
         main()
     except BadInput as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         sys.exit(1)
 
 
-def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = (), default: Path | None = None):
-    """An instance of the dataclass cls from the command line (default: sys.argv).
+def check_range(name: str, value, where: str) -> None:
+    """Raises BadInput where the value of field `name` is not in its range; `where` begins the message."""
+    text = RANGES.get(name, "")
+    if text == "not empty":
+        allowed = value != ""
+    elif value is None or not text or (text.startswith("0 or ") and value == 0):
+        allowed = True
+    else:
+        interval = text.split("in ")[1]
+        low, high = map(float, interval[1:-1].split(","))
+        ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
+        allowed = low < value < high or value in ends
+    if not allowed:
+        raise BadInput(f"{where} is {value!r}, but must be {text}")
 
-    A bare argument that ends in .py is a config file; other bare arguments fill the fields named in `positional`, in order.
-    `default` is the config file where none is named. Later settings win. Raises BadInput. `--help` prints and exits.
+
+# ------------------------------------------------------------------------------------------------- settings
+
+
+def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = (),
+              default: Path | None = None, also: str = ""):
+    """An instance of the dataclass cls from the command line (default: sys.argv). Later settings win.
+
+    A bare argument that ends in .py is a config file; other bare arguments fill the fields that `positional`
+    names, in order. `default` is the config file where none is named. `also`: a script, such as train.py,
+    whose settings in a config file are passed over. Raises BadInput. --help prints and exits.
     """
-    argv, values, free = list(sys.argv[1:] if argv is None else argv), {}, list(positional)
-    fields = typing.get_type_hints(cls)
-    if "--help" in argv or "-h" in argv:
-        print(_help(cls, positional))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in words or "-h" in words:
+        print(_help(Path(inspect.getsourcefile(cls)), cls.__name__, positional, words, default))
         sys.exit(0)
-    if default and not any(argument.endswith(".py") and not argument.startswith("--") for argument in argv):
-        argv.insert(0, str(default))
-    while argv:
-        argument = argv.pop(0)
-        if not argument.startswith("--"):
-            if argument.endswith(".py") and not (free and not Path(argument).exists()):  # where there is none, it may be a prompt
-                values.update(_read(argument, fields))
-            elif free:
-                name = free.pop(0)
-                values[name] = _parse(argument, fields[name], name)
-            else:
-                raise BadInput(f"{argument!r} is neither a config file (.py) nor --key=value")
-            continue
-        key, equals, text = argument[2:].partition("=")
-        key = key.replace("-", "_")
-        _known(key, fields, argument)
-        if typing.get_origin(fields[key]) is list:
-            words = [text] if equals else []
-            while not equals and argv and not argv[0].startswith("--"):
-                words.append(argv.pop(0))
-            if not words:
-                raise BadInput(f"--{key} wants at least one value")
-            values[key] = [_parse(word, typing.get_args(fields[key])[0], f"--{key}") for word in words]
-            continue
-        if not equals:
-            if bool in (fields[key], *typing.get_args(fields[key])) and (not argv or argv[0].lower() not in ("true", "false", "none")):
-                text = "true"
-            elif not argv:
-                raise BadInput(f"--{key} wants a value, such as --{key}={_default(cls.__dataclass_fields__[key])}")
-            else:
-                text = argv.pop(0)
-        values[key] = _parse(text, fields[key], f"--{key}")
+    if default and not _config_files(words):
+        words.insert(0, str(default))
+    kinds = typing.get_type_hints(cls)
+    others = _fields(Path(__file__).with_name(also), Path(also).stem.title()) if also else {}
+    free = list(positional)
+    values = {}
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            key, equals, text = word[2:].partition("=")
+            key = key.replace("-", "_")
+            _check_known(key, kinds, word)
+            texts = [text] if equals else _take(words, kinds[key])
+            values[key] = _parse(texts, kinds[key], key, f"--{key}")
+        elif word.endswith(".py") and (Path(word).exists() or not free):  # else a prompt
+            for key, texts, where in _read(word):
+                if key in others and key not in kinds:
+                    continue
+                _check_known(key, kinds, where)
+                values[key] = _parse(texts, kinds[key], key, f"{where}: {key}")
+        elif free:
+            key = free.pop(0)
+            values[key] = _parse([word], kinds[key], key, key)
+        else:
+            raise BadInput(f"{word!r} is neither a config file (.py) nor --key=value")
     try:
         return cls(**values)
-    except BadInput:
-        raise
     except ValueError as error:
         raise BadInput(str(error)) from None
 
 
-def _read(path: str, fields: dict) -> dict:
+def _config_files(words: list[str]) -> list[str]:
+    return [word for word in words if word.endswith(".py") and not word.startswith("--")]
+
+
+def _read(path: str | Path) -> list[tuple[str, list[str], str]]:
+    """The settings of a config file: (name, values as text, where it stands). Raises BadInput."""
     try:
-        source = Path(path).read_text(encoding="utf-8")
-        body = ast.parse(source).body
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        body = ast.parse(Path(path).read_text(encoding="utf-8-sig")).body
     except SyntaxError as error:
-        raise BadInput(f"{path}, line {error.lineno}: {error.msg}; a config file holds assignments such as n_layer = 4") from None
-    values = {}
+        raise BadInput(f"{path}, line {error.lineno}: {error.msg}; want lines such as n_layer = 4") from None
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
+        raise BadInput(f"{path} cannot be read: {reason(error)}") from None
+    settings = []
     for node in body:
+        where = f"{path}, line {node.lineno}"
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             continue  # a docstring
-        where = f"{path}, line {node.lineno}"
-        if not (isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name)):
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name) or node.targets[1:]:
             raise BadInput(f"{where}: a config file holds plain assignments only, such as n_layer = 4")
-        key = node.targets[0].id
-        _known(key, fields, where)
+        name = node.targets[0].id
         try:
             value = ast.literal_eval(node.value)
-        except ValueError:
-            raise BadInput(f"{where}: {key} must be a plain number, string, True or False") from None
-        values[key] = _parse(value if isinstance(value, str) else repr(value), fields[key], f"{where}: {key}")
-    return values
+        except (ValueError, TypeError, RecursionError, MemoryError):
+            raise BadInput(f"{where}: {name} must be a plain number, string, True, False or list") from None
+        texts = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        settings.append((name, texts, where))
+    return settings
 
 
-def _known(key: str, fields: dict, where: str) -> None:
-    if key not in fields:
-        close = difflib.get_close_matches(key, fields, 1, 0)
-        raise BadInput(f"{where}: there is no setting {key!r}; did you mean {close[0]!r}? --help lists all")
+def _check_known(key: str, kinds: dict, where: str) -> None:
+    if key in kinds:
+        return
+    close = difflib.get_close_matches(key, kinds, 1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    if NANOGPT.get(key) in kinds:
+        hint = f"what nanoGPT calls so is {NANOGPT[key]!r} here; "
+    elif NANOGPT.get(key) == "":
+        hint = "nothing here does what it does in nanoGPT; "
+    raise BadInput(f"{where}: there is no setting {key!r}; {hint}--help lists all")
 
 
-def _parse(text: str, kind, where: str):
+def _take(words: list[str], kind) -> list[str]:
+    """Removes and returns the words that belong to a flag without =."""
+    if bool in (kind, *typing.get_args(kind)):
+        said = words and words[0].lower() in ("true", "false", "none")
+        return [words.pop(0)] if said else ["true"]
+    most = len(words) if typing.get_origin(kind) is list else 1
+    taken = []
+    while words and len(taken) < most and not words[0].startswith("--"):
+        taken.append(words.pop(0))
+    return taken
+
+
+def _parse(texts: list[str], kind, key: str, where: str):
+    """The value of a field of type `kind`, a list of all texts where that is one. Raises BadInput."""
+    if not texts:
+        raise BadInput(f"{where} wants a value, as in {where}=…")
+    if typing.get_origin(kind) is list:
+        return [_parse([text], typing.get_args(kind)[0], key, where) for text in texts]
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(None) in kinds and text in ("None", "none"):
+    if type(None) in kinds and texts[0] in ("None", "none"):
         return None
-    for kind in kinds:
-        if kind is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-        if kind is str:
-            return text
-    names = {int: "a whole number", float: "a number", bool: "True or False"}
-    raise BadInput(f"{where} is {text!r}, but must be {' or '.join(names[k] for k in kinds if k in names)}")
+    wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "one text"}[kinds[0]]
+    try:
+        if len(texts) > 1:
+            raise ValueError
+        value = {"true": True, "false": False}[texts[0].lower()] if kinds[0] is bool else kinds[0](texts[0])
+    except (ValueError, KeyError):
+        raise BadInput(f"{where} is {' '.join(texts)!r}, but must be {wanted}") from None
+    check_range(key, value, where)
+    return value
 
 
-def _default(field: dataclasses.Field) -> str:
-    if field.default is not dataclasses.MISSING:
-        return str(field.default)
-    return "" if field.default_factory is dataclasses.MISSING else " ".join(map(str, field.default_factory()))
+# --------------------------------------------------------------------------------------------------- --help
 
 
-def _help(cls, positional: tuple[str, ...]) -> str:
-    comments = {}
-    for base in reversed(cls.__mro__[:-1]):
-        for name, comment in re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", inspect.getsource(base), re.M):
-            comments[name] = comment
-    module = sys.modules[cls.__module__]
-    lines = [(module.__doc__ or cls.__doc__ or "").strip(), "", f"usage: {Path(sys.argv[0]).name} "
-             + " ".join([*(f"[{name}]" for name in positional), "[config.py …]", "[--key=value …]"]), ""]
-    for field in dataclasses.fields(cls):
-        lines.append(f"  --{field.name}={_default(field)}".ljust(34) + comments.get(field.name, ""))
+def answer_help(file: str, default: Path | None = None) -> None:
+    """Prints the help of a script and exits, if the script is the one that runs and --help was asked for.
+
+    To be called above the imports that take long. `default`: the config file where none is named.
+    The class and the positional arguments are read where the script says `configure(Class, positional=(…))`.
+    """
+    words = sys.argv[1:]
+    if Path(sys.argv[0]).resolve() == Path(file).resolve() and {"--help", "-h"} & set(words):
+        source = Path(file).read_text(encoding="utf-8")
+        call = re.search(r"\bconfigure\((\w+)(?:[^()]*positional=(\([^)]*\)))?", source)
+        positional = ast.literal_eval(call[2] or "()")
+        run(lambda: print(_help(Path(file), call[1], positional, words, default)))
+        sys.exit(0)
+
+
+def _help(file: Path, cls: str, positional: tuple[str, ...], words: list[str], default: Path | None) -> str:
+    fields = _fields(file, cls)
+    for path in _config_files(words) or filter(None, [default]):
+        for name, texts, _ in _read(path):
+            if name in fields:
+                fields[name] = (" ".join(texts), fields[name][1])
+    usage = ["usage:", file.name, *(f"[{name}]" for name in positional), "[config.py …] [--key=value …]"]
+    lines = [ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "", "", " ".join(usage), ""]
+    for name, (value, comment) in fields.items():
+        bounds = f"; {RANGES[name]}" if "in " in RANGES.get(name, "") else ""
+        lines.append(f"  --{name}={value} ".ljust(34) + comment + bounds)
     return "\n".join(lines)
+
+
+def _fields(file: Path, cls: str) -> dict[str, tuple[str, str]]:
+    """Field → (default as text, comment behind it) of a dataclass in a source file, base classes first."""
+    source = file.read_text(encoding="utf-8")
+    fields = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ImportFrom) and cls in [alias.name for alias in node.names]:
+            return _fields(file.with_name(f"{node.module}.py"), cls)
+        if isinstance(node, ast.ClassDef) and node.name == cls:
+            for base in node.bases:
+                fields |= _fields(file, base.id)
+            for line in filter(lambda line: isinstance(line, ast.AnnAssign), node.body):
+                comment = source.splitlines()[line.end_lineno - 1].partition("  # ")[2]
+                fields[line.target.id] = (_shown(line.value), comment)
+    return fields
+
+
+def _shown(value: ast.expr) -> str:
+    """A default as one would type it: field(default_factory=lambda: ["a", "b"]) as `a b`."""
+    if isinstance(value, ast.Call):
+        factory = value.keywords[0].value
+        value = factory.body if isinstance(factory, ast.Lambda) else ast.Constant("")
+    try:
+        plain = ast.literal_eval(value)
+    except ValueError:
+        return ast.unparse(value)
+    return " ".join(map(str, plain)) if isinstance(plain, list) else str(plain)

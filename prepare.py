@@ -1,58 +1,59 @@
-"""Text → data/<name>/{train,val}.bin, meta.json and ranks.tiktoken.
+"""Text → data/<name>/{train,val}.bin, meta.json and ranks.tiktoken; and `Data`, which reads such a folder.
 
-    python prepare.py                                     the standard library of this Python, as bytes → data/python
+    python prepare.py                              the standard library of this Python, as bytes → data/python
     python prepare.py --input pile/*.jsonl.zst --tokenizer gpt2 --name pile
+    python prepare.py --input stories.txt --separator="<|endoftext|>"
 
 What is notable here:
 * It needs no network: the default corpus is on every machine, and a tokenizer can be a file of ranks.
-* Every tokenizer is a tiktoken.Encoding, the byte tokenizer too; the ranks lie beside the tokens, and go into checkpoints.
-* Whether a document is validation text is decided by its own hash: the same in any order, on any machine. Identical
-  documents count once; what is not UTF-8 text is skipped and reported.
-* All is written to a temporary folder that is renamed at the end: an interrupted run leaves nothing that looks whole.
+* Every tokenizer is a tiktoken.Encoding, bytes too; its ranks lie beside the tokens, and in checkpoints.
+* Whether a document is validation text is decided by its own hash: the same in any order, on any machine.
+  Identical documents count once.
+* Text is read, encoded and written in pieces: memory does not grow with the size of a file or a document.
+* All is written to a temporary folder, renamed at the end: an interrupted run leaves none that looks whole.
 """
 
+from common import answer_help
+
+answer_help(__file__)
+
 import base64
-import gzip
 import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
-import sysconfig
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from configurator import BadInput, configure, run
+from common import BadInput, configure, reason, run
+from documents import (  # noqa: F401
+    RECORDS, Hashes, Piece, encode, find_files, kind, read_documents, read_pieces, standard_library)
 
 END = "<|endoftext|>"  # ends every document
 # GPT-2's pattern, which a file of ranks gets, since it carries none of its own
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-TEXT = {".txt", ".md", ".rst", ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".js", ".ts", ".rb", ".sh",
-        ".html", ".css", ".tex", ".json", ".toml", ".yaml", ".yml", ".csv", ".tsv", ".xml", ".sql", ".lua", ".jl", ".scala", ".swift", ".kt"}
-RECORDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+BATCH = 2**22  # characters that are encoded at once
 
 
 @dataclass
 class Prepare:
-    input: list[str] = field(default_factory=list)  # files or folders; empty: the standard library of this Python
+    input: list[str] = field(default_factory=list)  # files or folders; empty: Python's standard library
     tokenizer: str = "bytes"  # bytes, any tiktoken name (gpt2, cl100k_base, …) or a path to ranks.tiktoken
-    name: str = ""  # folder under data/; empty: python, or the first input's name
+    name: str = ""  # folder under out; empty: python, or the first input's name
     out: str = "data"  # where the folder goes
     val_fraction: float = 0.05  # share of the documents that becomes validation text
     key: str = "text"  # the field of a .jsonl record or the column of a .parquet file
-
-    def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}, but must lie between 0 and 1")
+    separator: str = ""  # what stands between the documents of a text file; empty: a file is one document
 
 
-# ----------------------------------------------------------------------------------------------- tokenizers
+# ------------------------------------------------------------------------------------------------- tokenizers
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -62,32 +63,37 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     if name.endswith(".tiktoken") or "/" in name:
         try:
             return make_tokenizer(Path(name).stem, GPT2_PATTERN, ranks_from_text(Path(name).read_bytes()))
-        except OSError as error:
-            raise BadInput(f"--tokenizer {name} cannot be read: {error.strerror}") from None
-        except ValueError:
-            raise BadInput(f"--tokenizer {name} is not a file of ranks: each line wants a base64 token and its rank") from None
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--tokenizer {name} is not a file of ranks: {reason(error)}") from None
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
-        raise BadInput(f"--tokenizer {name} is unknown: want bytes, a path to ranks.tiktoken, or one of {known}")
+        raise BadInput(f"--tokenizer {name}: want bytes, a path to ranks.tiktoken, or one of {known}")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken downloads the ranks: whatever the network did
-        reason = str(error).splitlines()[0][:120]
-        raise BadInput(f"--tokenizer {name} could not be downloaded ({reason}); give a path to a local ranks.tiktoken instead") from None
+        raise BadInput(f"--tokenizer {name} could not be downloaded ({reason(error)}); "
+                       "give a path to a local ranks.tiktoken instead") from None
 
 
-def make_tokenizer(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None) -> tiktoken.Encoding:
-    """An Encoding from its parts; without special tokens it gets <|endoftext|> as its last. Raises ValueError."""
-    if sorted(ranks.values()) != list(range(len(ranks))) and special is None:
+def make_tokenizer(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None):
+    """A tiktoken.Encoding; without special tokens it gets <|endoftext|> as its last. Raises ValueError."""
+    if special is None and sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError("ranks must count up from 0")
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special or {END: len(ranks)})
+    special = special or {END: len(ranks)}
+    ids = [*ranks.values(), *special.values()]
+    if not all(type(i) is int and 0 <= i < len(ranks) + 10_000 for i in ids) or len(set(ids)) < len(ids):
+        raise ValueError("a token's number must be its own, and not far beyond how many there are")
+    if END not in special or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError(f"{END} and each of the 256 bytes must be a token")
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 def ranks_from_text(text: bytes) -> dict[bytes, int]:
     """The lines `base64-token rank` of a .tiktoken file. Raises ValueError."""
-    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in (line.split() for line in text.splitlines() if line)}
-    if not ranks:
-        raise ValueError("no ranks")
+    ranks = {}
+    for line in filter(None, text.splitlines()):
+        token, rank = line.split()
+        ranks[base64.b64decode(token, validate=True)] = int(rank)
     return ranks
 
 
@@ -107,192 +113,284 @@ def restore_tokenizer(description: dict, ranks: bytes) -> tiktoken.Encoding:
     """The inverse of describe and ranks_to_text. Raises ValueError where the two do not belong together."""
     if hashlib.sha256(ranks).hexdigest() != description["sha256"]:
         raise ValueError("the ranks are not those that the sha256 was made of")
-    return make_tokenizer(description["name"], description["pattern"], ranks_from_text(ranks), description["special"])
+    name, pattern, special = (description[key] for key in ("name", "pattern", "special"))
+    return make_tokenizer(name, pattern, ranks_from_text(ranks), special)
 
 
-# ------------------------------------------------------------------------------------------------ documents
+def dtype_of(tokenizer: tiktoken.Encoding) -> np.dtype:
+    return np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
 
 
-def find_files(inputs: list[str]) -> list[Path]:
-    """The files behind the inputs, folders searched for all that we read, sorted. Raises BadInput for what is not there."""
-    files = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and (p.suffix.lower() in TEXT or p.name.endswith(RECORDS)))
-            if not found:
-                raise BadInput(f"{path} holds no text: want .txt, .md, source files, .jsonl, .jsonl.gz, .jsonl.zst or .parquet")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise BadInput(f"{path} does not exist; want files or folders of text")
-    return files
+# ---------------------------------------------------------------------------------------------------- writing
 
 
-def standard_library() -> list[Path]:
-    """Every .py file of the running Python's standard library, without its tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skip = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
-    return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+class Document:
+    """A document on its way into train.bin or val.bin."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path = path
+        self.tokens = tempfile.SpooledTemporaryFile(2**23, dir=folder)  # in memory; on disk if they are many
+        self.digest = hashlib.sha256()
+        self.bytes = 0
+        self.blank = True
+        self.split = ""  # train, val, or none where it is left out; empty until all of it has been read
 
 
-def read_documents(path: Path, key: str = "text") -> Iterator[str | None]:
-    """The documents of one file, in order; None for one that is not UTF-8 text. Raises BadInput for a broken file."""
-    name = path.name.lower()
-    try:
-        if name.endswith(".parquet"):
-            yield from _parquet(path, key)
-        elif name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-            with _lines(path) as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _record(line, key, f"{path}, line {number}")
-        else:
-            data = path.read_bytes()
-            try:
-                yield None if b"\0" in data else data.decode("utf-8")
-            except UnicodeDecodeError:
-                yield None
-    except (OSError, EOFError) as error:
-        raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+class Writer:
+    """Encodes documents, batch by batch, and writes each to train.bin or val.bin."""
+
+    def __init__(self, folder: Path, tokenizer: tiktoken.Encoding, val_fraction: float) -> None:
+        self.folder = folder
+        self.tokenizer = tokenizer
+        self.dtype = dtype_of(tokenizer)
+        self.threshold = int(val_fraction * 2**32)
+        self.files = {split: open(folder / f"{split}.bin", "wb") for split in ("train", "val")}
+        self.counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in self.files}
+        self.counts |= {"identical": 0, "skipped": 0}
+        self.content = hashlib.sha256()  # of all documents: what the data are known by
+        self.seen = Hashes()
+        self.notes = {}  # file → what there is to say about it
+        self.document = None  # the one whose pieces come in
+        self.batch = []  # (document, text, whether the document ends with it)
+        self.size = 0  # its characters
+
+    def add(self, path: Path, piece: Piece) -> None:
+        """Takes the next piece of a document."""
+        document = self.document = self.document or Document(path, self.folder)
+        text = piece.text or ""
+        content = text.encode("utf-8", "replace")
+        document.digest.update(content)
+        document.bytes += len(content)
+        document.blank = document.blank and not text.strip()
+        if piece.text is None:
+            self.skip(document, "is no UTF-8 text")
+        self.batch.append((document, text, piece.ends))
+        self.size += len(text)
+        if piece.ends:
+            document.split = document.split or self.split(document)
+            self.document = None
+        if self.size >= BATCH or len(self.batch) >= 4096:
+            self.flush()
+
+    def split(self, document: Document) -> str:
+        """Where a document belongs, all of which has been read."""
+        if document.blank:
+            self.counts["skipped"] += 1
+            return "none"
+        digest = document.digest.digest()
+        if not self.seen.add(int.from_bytes(digest[:8], "big")):
+            self.counts["identical"] += 1
+            return "none"
+        return "val" if int.from_bytes(digest[16:20], "big") < self.threshold else "train"
+
+    def skip(self, document: Document, why: str) -> None:
+        document.split = "none"
+        self.counts["skipped"] += 1
+        self.notes[document.path] = f"holds a document that {why}, which was skipped"
+
+    def flush(self) -> None:
+        """Encodes the batch, and writes the documents that it completes."""
+        texts = ["" if document.split == "none" else text for document, text, _ in self.batch]
+        for (document, _, ends), tokens in zip(self.batch, encode(self.tokenizer, texts)):
+            if tokens is None and document.split != "none":
+                self.skip(document, "the tokenizer cannot encode")
+            if document.split == "none":
+                continue
+            document.tokens.write(np.array(tokens, self.dtype).tobytes())
+            if ends:
+                self.write(document)
+        self.batch = []
+        self.size = 0
+
+    def write(self, document: Document) -> None:
+        document.tokens.write(np.array([self.tokenizer.eot_token], self.dtype).tobytes())
+        counts = self.counts[document.split]
+        counts["documents"] += 1
+        counts["bytes"] += document.bytes
+        counts["tokens"] += document.tokens.tell() // self.dtype.itemsize
+        self.content.update(document.split.encode() + document.digest.digest())
+        document.tokens.seek(0)
+        shutil.copyfileobj(document.tokens, self.files[document.split])
 
 
-def _lines(path: Path):
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.name.endswith(".zst"):
-        zstandard = _optional("zstandard", path)
-        return zstandard.open(path, "rb")
-    return open(path, "rb")
+def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, folder: Path) -> dict:
+    """Writes train.bin and val.bin; returns what meta.json says about them."""
+    writer = Writer(folder, tokenizer, config.val_fraction)
+    size = sum(path.stat().st_size for path in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+        before = 0  # bytes of the files before this one
+        for path in files:
+            single = not config.separator and kind(path) not in RECORDS
+            for piece in read_pieces(path, config.key, config.separator.replace("\\n", "\n")):
+                writer.add(path, piece)
+                bar.update(before + piece.read - bar.n)
+                if single and END in (piece.text or ""):
+                    writer.notes[path] = f"was read as one document, but holds {END}: see --separator"
+            before += path.stat().st_size
+    writer.flush()
+    for file in writer.files.values():
+        file.close()
+    counts = writer.counts
+    if counts["train"]["tokens"] + counts["val"]["tokens"] < 4:
+        raise BadInput(f"too little text in {len(files)} file(s): {counts['skipped']} empty or not UTF-8")
+    if not (counts["train"]["tokens"] and counts["val"]["tokens"]):
+        cut_tail(folder, counts, config.val_fraction, tokenizer)
+    for path, note in list(writer.notes.items())[:20]:
+        print(f"prepare.py: {path} {note}", file=sys.stderr)
+    return {"dtype": writer.dtype.name, "content": writer.content.hexdigest(), **counts}
 
 
-def _record(line: bytes, key: str, where: str) -> str | None:
-    try:
-        record = json.loads(line)
-    except UnicodeDecodeError:
-        return None
-    except ValueError:
-        raise BadInput(f"{where}: not JSON; a .jsonl file holds one object a line") from None
-    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-        raise BadInput(f"{where}: no text under {key!r}; --key names the field that holds it")
-    return record[key]
-
-
-def _parquet(path: Path, key: str) -> Iterator[str | None]:
-    parquet = _optional("pyarrow.parquet", path)
-    try:
-        file = parquet.ParquetFile(path)
-    except ValueError as error:  # pyarrow's own errors are ValueErrors
-        raise BadInput(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
-    if key not in file.schema_arrow.names:
-        raise BadInput(f"{path}: no column {key!r} among {', '.join(file.schema_arrow.names)}; --key names the column of text")
-    for batch in file.iter_batches(columns=[key]):
-        yield from batch.column(0).to_pylist()
-
-
-def _optional(module: str, path: Path):
-    try:
-        return __import__(module, fromlist=["_"])
-    except ImportError:
-        package = module.split(".")[0]
-        raise BadInput(f"{path} needs the package {package}: pip install {package}") from None
-
-
-# ------------------------------------------------------------------------------------------------------ main
+def cut_tail(folder: Path, counts: dict, fraction: float, tokenizer: tiktoken.Encoding) -> None:
+    """So few documents that all fell on one side: the end of the text becomes the validation text instead."""
+    if not counts["train"]["tokens"]:
+        os.replace(folder / "val.bin", folder / "train.bin")
+        counts["train"], counts["val"] = counts["val"], counts["train"]
+    train, val = counts["train"], counts["val"]
+    tokens = np.memmap(folder / "train.bin", dtype_of(tokenizer), "r")
+    first = min(max(1, round(len(tokens) * (1 - fraction))), len(tokens) - 2)
+    with open(folder / "val.bin", "wb") as file:
+        for start in range(first, len(tokens), 2**20):
+            part = tokens[start: start + 2**20]
+            file.write(part.tobytes())
+            text = part[part != tokenizer.eot_token]
+            val["documents"] += len(part) - len(text)
+            val["bytes"] += len(tokenizer.decode_bytes(text.tolist()))
+    val["tokens"] = len(tokens) - first
+    train["tokens"] = first
+    train["bytes"] -= val["bytes"]
+    train["documents"] = max(1, train["documents"] - val["documents"])
+    os.truncate(folder / "train.bin", first * tokens.itemsize)
 
 
 def prepare(config: Prepare) -> Path:
     """Writes the folder and returns it. Raises BadInput; then nothing has been written."""
     files = find_files(config.input) if config.input else standard_library()
-    name = config.name or (Path(config.input[0]).resolve().name.split(".")[0] if config.input else "python")
-    tokenizer, folder = get_tokenizer(config.tokenizer), Path(config.out) / name
-    settings = {"input": config.input, "tokenizer": config.tokenizer, "val_fraction": config.val_fraction, "key": config.key}
-    if folder.exists():
-        if _read_settings(folder) == settings:
-            print(f"{folder} was prepared before with these settings: left as it is")
-            return folder
-        raise BadInput(f"{folder} exists already, with other settings: remove it, or choose another --name")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    source = Path([*config.input, "python"][0]).resolve().name
+    name = config.name or source.lstrip(".").split(".")[0]
+    if not name or name.startswith(".") or Path(name).name != name:
+        raise BadInput(f"--name={name} must be the name of a folder in {config.out}, such as --name=books")
+    folder = Path(config.out) / name
+    tokenizer = get_tokenizer(config.tokenizer)
+    settings = {key: value for key, value in asdict(config).items() if key not in ("name", "out")}
+    inputs = {str(path): f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}" for path in files}
+    meta = {"settings": settings, "inputs": inputs, "tokenizer": describe(tokenizer)}
+    if is_prepared(folder, meta):
+        return folder
     try:
-        meta = {"settings": settings} | _write(files, config, tokenizer, temporary)
-        (temporary / "ranks.tiktoken").write_bytes(ranks_to_text(tokenizer))
-        (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as temporary:
+            new = Path(temporary) / name
+            new.mkdir()
+            meta |= write(files, config, tokenizer, new)
+            (new / "ranks.tiktoken").write_bytes(ranks_to_text(tokenizer))
+            (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            try:
+                os.rename(new, folder)
+            except OSError:  # perhaps another run was quicker
+                if not is_prepared(folder, meta):
+                    raise
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written: {reason(error)}") from None
     return folder
 
 
-def _read_settings(folder: Path) -> dict | None:
+def is_prepared(folder: Path, wanted: dict) -> bool:
+    """Whether the folder is there as wanted. Raises BadInput where it is there, but otherwise."""
+    if not os.path.lexists(folder):
+        return False
     try:
-        return json.loads((folder / "meta.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError):
-        return None
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        settings = {"separator": ""} | meta["settings"]  # a folder of old says neither this nor its inputs
+        same = settings == wanted["settings"] and meta["tokenizer"] == wanted["tokenizer"]
+        inputs = meta.get("inputs", wanted["inputs"])
+        changed = sorted(path for path, _ in inputs.items() ^ wanted["inputs"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{folder} exists, and is not a folder of prepare.py: choose another --name") from None
+    problem = "with other settings"
+    if same:
+        problem = f"and {changed[0]} has changed since" if changed else ""
+    try:
+        Data(str(folder), 0)
+    except BadInput as error:
+        problem = f"but is damaged ({error})"
+    if problem:
+        raise BadInput(f"{folder} was prepared before {problem}: remove {folder}, or choose another --name")
+    print(f"{folder} was prepared before with these settings: left as it is")
+    return True
 
 
-def _write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, folder: Path) -> dict:
-    end, dtype = tokenizer._special_tokens.get(END, tokenizer.eot_token), np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in ("train", "val")}
-    seen, same, skipped = set(), 0, 0
-    threshold = int(config.val_fraction * 2**32)
-    out = {split: open(folder / f"{split}.bin", "wb") for split in counts}
-    size = sum(p.stat().st_size for p in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=not sys.stderr.isatty()) as bar:
-        for path in files:
-            documents, batch = read_documents(path, config.key), []
-            while True:
-                document = next(documents, StopIteration)
-                if document is not StopIteration:
-                    if document is None or not document.strip():
-                        skipped += 1
-                        continue
-                    digest = hashlib.sha256(document.encode("utf-8", "replace")).digest()
-                    if digest[:16] in seen:
-                        same += 1
-                        continue
-                    seen.add(digest[:16])
-                    batch.append((document, "val" if int.from_bytes(digest[16:20], "big") < threshold else "train"))
-                if batch and (document is StopIteration or len(batch) == 256):
-                    for (text, split), tokens in zip(batch, tokenizer.encode_ordinary_batch([text for text, _ in batch], num_threads=os.cpu_count() or 1)):
-                        np.array([*tokens, end], dtype).tofile(out[split])
-                        counts[split]["documents"] += 1
-                        counts[split]["bytes"] += len(text.encode("utf-8", "replace"))
-                        counts[split]["tokens"] += len(tokens) + 1
-                    batch = []
-                if document is StopIteration:
-                    break
-            bar.update(path.stat().st_size)
-    for file in out.values():
-        file.close()
-    if not seen:
-        raise BadInput(f"no text in {len(files)} file(s): {skipped} were empty or not UTF-8")
-    if not all(counts[split]["tokens"] for split in counts):
-        _cut_tail(folder, counts, config.val_fraction, dtype, tokenizer)
-    return {"tokenizer": describe(tokenizer), "dtype": np.dtype(dtype).name,
-            "train": counts["train"], "val": counts["val"], "identical": same, "skipped": skipped}
+# ---------------------------------------------------------------------------------------------------- reading
 
 
-def _cut_tail(folder: Path, counts: dict, fraction: float, dtype, tokenizer: tiktoken.Encoding) -> None:
-    """So few documents that all fell on one side: the end of the text becomes the validation text instead."""
-    full = "train" if counts["train"]["tokens"] else "val"
-    tokens, documents = np.fromfile(folder / f"{full}.bin", dtype), counts[full]["documents"]
-    cut = max(1, round(len(tokens) * (1 - fraction)))
-    for split, part in (("train", tokens[:cut]), ("val", tokens[cut:])):
-        part.tofile(folder / f"{split}.bin")
-        ends = int((part == tokens[-1]).sum())
-        text_bytes = sum(map(len, tokenizer.decode_tokens_bytes(part[part != tokens[-1]].tolist())))
-        counts[split] = {"documents": ends or documents, "bytes": text_bytes, "tokens": len(part)}
+class Data:
+    """The tokens of a prepared folder, mapped into memory. Raises BadInput where it is damaged or too short.
+
+    tokens: those of "train" and of "val". fingerprint: another text or tokenizer has another.
+    """
+
+    def __init__(self, folder: str, block_size: int) -> None:
+        self.folder = Path(folder)
+        self.block_size = block_size
+        if not self.folder.is_dir():
+            found = "is a file" if self.folder.exists() else "does not exist"
+            raise BadInput(f"{folder} {found}: run python prepare.py first, or name its folder with --data")
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            ranks = (self.folder / "ranks.tiktoken").read_bytes()
+            self.tokenizer = restore_tokenizer(self.meta["tokenizer"], ranks)
+            self.tokens = {split: self._open(split) for split in ("train", "val")}
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise BadInput(f"{folder} is damaged, or not a folder of prepare.py ({what})") from None
+        for split, tokens in self.tokens.items():
+            if len(tokens) <= block_size:
+                raise BadInput(f"{folder}/{split}.bin has {len(tokens)} tokens, a window {block_size + 1}: a "
+                               "lower --block_size, or prepare.py with another --val_fraction or more text")
+        known = {name: value for name, value in self.meta.items() if name not in ("settings", "inputs")}
+        self.fingerprint = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+    def _open(self, split: str) -> np.ndarray:
+        path = self.folder / f"{split}.bin"
+        dtype = dtype_of(self.tokenizer)
+        counts = self.meta[split]
+        size = path.stat().st_size
+        if self.meta["dtype"] != dtype.name:
+            raise ValueError(f"its dtype is {self.meta['dtype']}, but must be {dtype.name}")
+        if size != counts["tokens"] * dtype.itemsize or counts["bytes"] < 1:
+            raise ValueError(f"{path} has {size:,} bytes, but meta.json speaks of {counts}")
+        return np.memmap(path, dtype, "r")
+
+    def _cut(self, split: str, starts: np.ndarray) -> tuple:
+        import torch
+        window = self.tokens[split][starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
+        if window.max(initial=0) >= self.tokenizer.n_vocab:
+            raise BadInput(f"{self.folder}/{split}.bin holds token {window.max()}, beyond the vocabulary "
+                           f"{self.tokenizer.n_vocab} of meta.json")
+        window = torch.from_numpy(window)
+        return window[:, :-1].contiguous(), window[:, 1:].contiguous()
+
+    def batch(self, seed: int, step: int, size: int, part: slice) -> tuple:
+        """Inputs and targets (part, block_size), int64: that part of the `size` windows of this step."""
+        count = len(self.tokens["train"]) - self.block_size
+        return self._cut("train", np.random.default_rng((seed, step)).integers(0, count, size)[part])
+
+    def windows(self, count: int, part: slice) -> tuple:
+        """Inputs and targets of `count` evenly spaced windows of the validation text, or a part of them."""
+        last = len(self.tokens["val"]) - self.block_size - 1
+        if count > last + 1:
+            raise BadInput(f"{self.folder}/val.bin has {last + 1} windows, fewer than --eval_windows={count}")
+        return self._cut("val", np.linspace(0, last, count).astype(np.int64)[part])
 
 
 def main() -> None:
     config = configure(Prepare)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that what is half written goes
     folder = prepare(config)
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     for split in ("train", "val"):
-        print(f"{folder}/{split}.bin: {meta[split]['tokens']:,} tokens of {meta[split]['documents']:,} documents, {meta[split]['bytes']:,} bytes")
+        counts = meta[split]
+        print(f"{folder}/{split}.bin: {counts['tokens']:,} tokens of {counts['documents']:,} documents, "
+              f"{counts['bytes']:,} bytes")
     print(f"tokenizer {meta['tokenizer']['name']}, vocabulary {meta['tokenizer']['vocab_size']:,}; "
           f"identical documents left out: {meta['identical']:,}; empty or not UTF-8: {meta['skipped']:,}")
 

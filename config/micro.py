@@ -1,4 +1,4 @@
-"""Smaller than tiny.py, so that bench.py quality can train a hundred of them in a few hours on a laptop CPU."""
+"""Smaller than tiny.py, so that compare.py can train a hundred of them in a few hours on a laptop CPU."""
 
 data = "data/python"
 out = "out/micro"

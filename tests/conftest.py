@@ -1,6 +1,9 @@
 import importlib
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on small tensors threads only wait for each other
 
 import pytest
 import torch
@@ -8,13 +11,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from baselines import build
-from configurator import run
+from common import run
 from model import Config
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Runs a script in this process, which is quicker than one of its own → what it wrote to stdout and stderr.
+    """Runs a script in this process, which is quicker than one of its own → what it wrote to stdout and
+    stderr.
 
     Its exit code must be `code`; with 2, it must have said why in one line.
     """
@@ -26,7 +30,8 @@ def call(monkeypatch, capsys):
         except SystemExit as stopped:
             got = stopped.code
         out, err = capsys.readouterr()
-        assert got == code and (code != 2 or len(err.splitlines()) == 1 and err.startswith(f"{script}.py: ")), err
+        assert got == code, err
+        assert code != 2 or len(err.splitlines()) == 1 and err.startswith(f"{script}.py: "), err
         return out, err
     return call
 
@@ -34,7 +39,8 @@ def call(monkeypatch, capsys):
 def uneven(method="adaptive", seed=0, **settings):
     """A small model with weights large enough that tokens differ, and a router that halts them unevenly."""
     torch.manual_seed(seed)
-    shape = dict(n_layer=3, n_head=4, n_embd=32, n_ff=48, vocab_size=61, block_size=64, router_bias=0.5, tau=0.25)
+    shape = dict(n_layer=3, n_head=4, n_embd=32, n_ff=48, vocab_size=61, block_size=64)
+    shape |= dict(router_bias=0.5, tau=0.25)
     model = build(Config(method=method, **(shape | settings))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,3 +49,29 @@ def uneven(method="adaptive", seed=0, **settings):
         if method == "adaptive":
             model.router.weight.normal_(std=0.3)
     return model
+
+
+def text(B=3, T=40, seed=1):
+    """Random tokens (B, T) for `uneven`."""
+    return torch.randint(0, 61, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def said(model, prompts, n, temperature=0, **settings):
+    """What each prompt generates: a list of (token, steps, probability to three digits) for each."""
+    rows = [[] for _ in prompts]
+    for g in model.generate(prompts, n, temperature, **settings):
+        numbers = g.row.tolist(), g.token.tolist(), g.steps.tolist(), g.prob.tolist()
+        for row, token, steps, prob in zip(*numbers):
+            rows[row].append((token, steps, round(prob, 3)))
+    return rows
+
+
+def flat(record):
+    """A line of log.jsonl with its lists laid out, for pytest.approx."""
+    laid_out = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            laid_out |= {f"{name} {i}": part for i, part in enumerate(value)}
+        else:
+            laid_out[name] = value
+    return laid_out

@@ -1,92 +1,218 @@
-"""What bench.py says: counted FLOPs equal the formula, forced routers have the mean they were asked for, runs are read back."""
+"""What bench.py says: its tables and files, whom it times and when, and that it counts tokens, not ticks."""
 
 import json
+import weakref
 
 import pytest
 import torch
 
+import bench
 import prepare
 from baselines import METHODS
-from bench import counted, formula, going_on, make
+from bench import Bench, Contestant, alternate, kept_bytes
+from common import save_checkpoint
+from conftest import uneven
+from costs import make
 from model import Config
-from train import training_flops
 
-SHAPE = dict(n_layer=3, n_head=2, n_embd=16, n_ff=24, block_size=32, vocab_size=67)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("K", [0, 1, 3])
-def test_counted_flops_are_the_formula(method, K):
-    """Exactly: what torch sees executed, what the docstring of `formula` says, and what the model itself keeps count of."""
-    model = make(Config(method=method, max_latent=K, **SHAPE), "cpu", 0.5 * K).eval()
-    idx, targets = (torch.randint(0, 67, (3, 32)) for _ in range(2))
-    total, reached = counted(model, idx, targets)
-    matmul, attention = formula(model.config, 3, 32, reached, rounds=3)
-    assert (matmul, attention) == (model.matmul_flops, model.attention_flops)
-    assert total == 3 * matmul + 3.5 * attention == training_flops(model)
-    if method == "adaptive" and K == 3:
-        assert len(reached) > 1 and reached[-1][0] < 3 * 32
-
-
-@pytest.mark.parametrize("mean", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0])
-def test_a_forced_router_has_its_mean(mean):
-    model = make(Config(max_latent=3, **SHAPE), "cpu", mean)
-    with torch.no_grad():
-        steps = model(torch.randint(0, 67, (32, 32))).steps
-    assert steps.mean().item() == pytest.approx(mean, abs=0.01)
-    q = going_on(mean, 3)
-    assert q + q**2 + q**3 == pytest.approx(mean, abs=1e-6)
+SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_ff": 24, "block_size": 32, "vocab_size": 67}
 
 
 @pytest.fixture
 def measured(call, tmp_path):
-    """bench.py on a small shape → what it printed, or, where it must refuse, the line that it refused with."""
+    """bench.py on a small shape → what it printed or, where it must refuse, its one line."""
     def measured(*arguments, code=0):
-        return call("bench", *(f"--{k}={v}" for k, v in SHAPE.items()), f"--results={tmp_path}/results", *arguments, code=code)[code == 2]
+        shape = [f"--{name}={value}" for name, value in SHAPE.items()]
+        return call("bench", *shape, f"--results={tmp_path}/results", *arguments, code=code)[code == 2]
     return measured
 
 
+def written(tmp_path, name):
+    return json.loads((tmp_path / "results" / name).read_text())
+
+
 def test_flops(measured, tmp_path):
-    out = measured("flops", "--mean_latent=1")
-    result = json.loads((tmp_path / "results" / "flops-3x16.json").read_text())
-    assert set(result["methods"]) == set(METHODS) and all(r["counted_equals_formula"] for r in result["methods"].values())
-    assert "NO" not in out and result["methods"]["loop"]["passes"] == pytest.approx(4) and result["methods"]["adaptive"]["passes"] == pytest.approx(2, abs=0.1)
+    out = measured("flops", "--mean_latent=1", "--batch=4")
+    result = written(tmp_path, "flops-3x16.json")
+    methods = result["methods"]
+    assert set(methods) == set(METHODS) and all(r["counted_equals_formula"] for r in methods.values())
+    assert "NO" not in out and result["context"] == 32 and result["mean_latent"] == 1 and "commit" in result
+    assert methods["loop"]["passes"] == pytest.approx(4)
+    assert methods["adaptive"]["passes"] == pytest.approx(2, abs=0.1)
+    for r in methods.values():
+        assert r["estimate"] == pytest.approx(6 * r["parameters"] * r["passes"])
+        assert r["prefill"] >= r["decode"] > 0
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(METHODS) and len({len(line) for line in table}) == 1
+    head = ["method", "parameters", "passes", "training / token", "× vanilla", "counted = formula",
+            "6 N passes", "prefill / token", "decode / token"]
+    assert [cell.strip() for cell in table[0].strip("|").split("|")] == head
+
+
+def test_flops_of_what_is_too_big_to_execute(measured, tmp_path):
+    big = ["--n_embd=1024", "--n_ff=2752", "--n_head=16", "--n_layer=24", "--block_size=2048"]
+    out = measured("flops", *big, "--vocab_size=50304", "--methods", "vanilla", "adaptive", "--batch=2")
+    methods = written(tmp_path, "flops-24x1024.json")["methods"]
+    assert "by formula" in out and "too big to execute" in out and "counted" not in methods["vanilla"]
+    N, T, d, V = 24 * (4 * 1024**2 + 3 * 1024 * 2752), 2048, 1024, 50304
+    assert methods["vanilla"]["training"] == 3 * 2 * (N + d * V) + 3.5 * 24 * 4 * T * d
+    assert methods["adaptive"]["passes"] == pytest.approx(2.5, abs=0.01)
+
+
+def test_flops_of_a_checkpoint(measured, tmp_path):
+    """Takes its shape and the mean latent steps of its last evaluation."""
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 20)
+    tokenizer = prepare.get_tokenizer("bytes")
+    model = uneven(vocab_size=tokenizer.n_vocab)
+    save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer, result={"val_steps": 0.75})
+    out = measured("flops", f"--checkpoint={tmp_path}", "--methods", "adaptive", "--batch=4")
+    assert "0.75 mean latent steps" in out
+    result = written(tmp_path, "flops-3x32.json")
+    assert result["context"] == 64 and result["methods"]["adaptive"]["passes"] == pytest.approx(1.75, abs=0.1)
+    save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer)
+    assert "evaluated" in measured("flops", f"--checkpoint={tmp_path}", code=2)
+    log = '{"step": 1, "val_steps": 1.5}\n{"step": 2, "val_steps": 1.25}\n{"step": 3}\n'
+    (tmp_path / "log.jsonl").write_text(log)
+    out = measured("flops", f"--checkpoint={tmp_path}/ckpt.pt", "--methods", "adaptive", "--batch=1")
+    assert "1.25 mean latent steps" in out, "one of an earlier version"
+    save_checkpoint(tmp_path / "ckpt.pt", uneven("vanilla", vocab_size=tokenizer.n_vocab), tokenizer,
+                    result={"val_steps": 0.0})
+    assert "adaptive" in measured("flops", f"--checkpoint={tmp_path}", code=2)
+
+
+def test_a_config_file_may_hold_what_only_training_reads(measured, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text('data = "data/none"\nmax_steps = 3\nmax_latent = 2\n')
+    measured("flops", config, "--methods", "loop", "--batch=1")
+    assert written(tmp_path, "flops-3x16.json")["methods"]["loop"]["passes"] == pytest.approx(3)
+    config.write_text("n_layr = 3\n")
+    assert "n_layer" in measured("flops", config, code=2)
 
 
 def test_speed(measured, tmp_path):
-    measured("speed", "--methods", "vanilla", "adaptive", "--rounds=1", "--batch=2")
-    result = json.loads((tmp_path / "results" / "speed-cpu-3x16.json").read_text())
-    names = ["vanilla", *(f"adaptive, {m} steps" for m in ("0", "0.5", "1", "1.5", "2", "3"))]
-    assert list(result["methods"]) == names
+    out = measured("speed", "--methods", "vanilla", "adaptive", "--rounds=1", "--batch=2")
+    result = written(tmp_path, "speed-cpu-3x16.json")
+    names = ["vanilla", *(f"adaptive, {mean} steps" for mean in ("0", "0.5", "1", "1.5", "2", "3"))]
+    assert list(result["methods"]) == names and result["batch"] == 2 and result["context"] == 32
     ratios = [result["methods"][name]["flop_ratio"] for name in names]
     assert ratios[0] == 1 and ratios[1:] == sorted(ratios[1:]) and ratios[-1] > 3.5
-    assert all(min(r["tokens_per_second"].values()) > 0 for r in result["methods"].values())
+    for r in result["methods"].values():
+        assert set(r["tokens_per_second"]) == {"training", "prefill", "decode 1", "decode 16"}
+        assert min(*r["tokens_per_second"].values(), r["mfu"], r["bandwidth"], r["memory"]) > 0
+    assert result["methods"]["adaptive, 3 steps"]["decode_steps"] == 3
+    assert result["methods"]["adaptive, 0 steps"]["decode_steps"] == 0
+    head = ["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU",
+            "prefill tok/s", "decode tok/s, batch 1", "of bandwidth", "batch 16", "kept MiB"]
+    assert [cell.strip() for cell in out.splitlines()[0].strip("|").split("|")] == head
+
+
+def test_speed_of_all_methods_runs(measured, tmp_path):
+    measured("speed", "--rounds=1", "--batch=1", "--max_latent=1", "--n_kv_head=1")
+    methods = written(tmp_path, "speed-cpu-3x16.json")["methods"]
+    adaptive = {"adaptive, 0 steps", "adaptive, 0.5 steps", "adaptive, 1 steps"}
+    assert set(methods) == set(METHODS) - {"adaptive"} | adaptive
 
 
 def test_growth(measured, tmp_path):
-    measured("growth", "--contexts", "8", "16", "--rounds=1")
-    micro = json.loads((tmp_path / "results" / "growth-cpu-3x16.json").read_text())["microseconds_per_token"]
-    assert {"context 8", "context 16, vanilla", "ℓ_max 0", "ℓ_max 8"} <= set(micro)
+    out = measured("growth", "--contexts", "16", "32", "--rounds=1")
+    micro = written(tmp_path, "growth-cpu-3x16.json")["microseconds_per_token"]
+    assert {"context 16", "context 32, vanilla", "ℓ_max 0", "ℓ_max 8"} <= set(micro)
     assert all(time > 0 for times in micro.values() for time in times.values())
+    assert "ratio: prefill" in out and out.count("ℓ_max") == 1
 
 
-def test_quality_reads_finished_runs_back(measured, tmp_path):
-    (tmp_path / "text.txt").write_text("the quick brown fox " * 200)
-    prepare.prepare(prepare.Prepare([str(tmp_path / "text.txt")], out=str(tmp_path), name="data"))
-    arguments = ["quality", f"--data={tmp_path}/data", f"--out={tmp_path}/out", "--vocab_size=0", "--max_steps=3", "--global_batch_size=2", "--eval_windows=2", "--device=cpu",
-                 "--methods", "vanilla", "adaptive", "--seeds=2", "--rates", "1e-3", "2e-3"]
-    arguments += ["--parts", "rates", "tokens", "flops"]
-    first = measured(*arguments)
-    path = next((tmp_path / "results").glob("quality-*.json"))
-    runs = json.loads(path.read_text())["runs"]
-    assert "adaptive" in first and "±" in first and any("steps" in name for name in runs)
-    again = measured(*arguments)
-    assert json.loads(path.read_text())["runs"] == runs and first.splitlines()[-5:] == again.splitlines()[-5:]
-    assert "other settings" in measured(*arguments, "--weight_decay=0.5", code=2)
+@pytest.mark.parametrize("mean", [0.0, 1.5, 3.0])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_decoding_counts_tokens_and_not_ticks(monkeypatch, mean, batch):
+    """With a second for whatever is timed, the time per token says how many tokens were counted."""
+    def a_second(work, device):
+        work()
+        return 1.0
+    monkeypatch.setattr(bench, "timed", a_second)
+    settings = Bench(what="speed", **SHAPE | {"block_size": 64})
+    contestant = Contestant(settings, settings.config_of("adaptive"), mean, 1)
+    contestant.force()
+    contestant.measure_decoding(batch)
+    tokens = 1 / contestant.found[f"decode {batch}"][0]
+    assert 8 * batch <= tokens < 9 * batch, "an eighth of the context for each row"
+    if batch == 1 and mean in (0, 3):
+        assert contestant.found["steps"] == [mean]
 
 
-@pytest.mark.parametrize("arguments,words", [(["fly"], ["fly", "flops"]), ([], ["flops, speed, growth or quality"]), (["flops", "--methods", "lop"], ["lop", "loop"]),
-                                             (["flops", "--mean_latent=9"], ["mean_latent"]), (["flops", "--checkpoint=nowhere"], ["nowhere"])])
-def test_wrong_input(arguments, words, measured):
+def test_twins_share_a_model_but_not_their_steps():
+    settings = Bench(what="speed", max_latent=3, **SHAPE)
+    first = Contestant(settings, settings.config_of("adaptive"), 0.0, 2)
+    second = Contestant(settings, settings.config_of("adaptive"), 3.0, 2, first)
+    assert second.model is first.model and second.optimizer is first.optimizer
+    steps = []
+    for contestant in (first, second, first):
+        contestant.force()
+        contestant.measure_training()
+        steps.append(contestant.steps.mean().item())
+    assert steps == [0, 3, 0]
+    assert second.found["FLOPs"][0] > 4 * first.found["FLOPs"][0]
+
+
+def test_rounds_alternate_and_the_first_is_forgotten():
+    class Fake:
+        def __init__(self, name):
+            self.name, self.found = name, {}
+
+        def force(self):
+            pass
+
+    contestants, order = [Fake(name) for name in "abcd"], []
+
+    def measure(contestant):
+        order.append(contestant.name)
+        contestant.found.setdefault("times", []).append(len(order))
+
+    rounds = sum(1 for _ in alternate(contestants, 5, measure))
+    assert rounds == 5 and [len(c.found["times"]) for c in contestants] == [5] * 4
+    played = ["".join(order[i : i + 4]) for i in range(0, 24, 4)]
+    assert all(sorted(r) == list("abcd") for r in played) and len(set(played)) > 2
+    first = min(time for contestant in contestants for time in contestant.found["times"])
+    assert first == 5, "what the first round measured is gone"
+
+
+def test_kept_bytes_are_those_of_autograd():
+    """Weights once, and as much again for each pass of a loop; all of it is given back."""
+    given_back = []
+
+    def kept(K):
+        model = make(Config(method="loop", max_latent=K, **SHAPE), "cpu")
+        model.norm.register_forward_hook(lambda *call: given_back.append(weakref.ref(call[2])))
+        return kept_bytes(model, *torch.randint(0, 67, (2, 2, 32)))
+    weights = sum(p.nbytes for p in make(Config(method="loop", **SHAPE), "cpu").blocks.parameters())
+    assert weights < kept(0) < kept(1) and kept(2) - kept(1) == kept(3) - kept(2) > 0
+    assert given_back and not any(output() is not None for output in given_back)
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["fly"], ["fly", "flops"]),
+    ([], ["flops, speed or growth"]),
+    (["flops", "--methods", "lop"], ["lop", "loop"]),
+    (["flops", "--method=loop"], ["--methods"]),
+    (["flops", "--mean_latent=9"], ["mean_latent"]),
+    (["flops", "--mean_latent=nan"], ["mean_latent"]),
+    (["flops", "--checkpoint=nowhere"], ["nowhere"]),
+    (["flops", "--batch=0"], ["batch"]),
+    (["speed", "--batch=-1"], ["batch"]),
+    (["speed", "--rounds=0"], ["rounds"]),
+    (["speed", "--dtype=float16"], ["float16"]),
+    (["speed", "--device=abacus"], ["abacus"]),
+    (["growth", "--contexts", "256", "-5"], ["contexts"]),
+    (["flops", "--data=x"], ["data"]),
+    (["flops", "--n_layer=2", "--methods", "mor"], ["mor", "n_layer"]),
+    (["flops", "--n_head=3"], ["n_head"])])
+def test_wrong_input(arguments, words, measured, tmp_path):
     err = measured(*arguments, code=2)
-    assert all(word in err for word in words) and len(err.splitlines()) == 1
+    assert all(word in err for word in words) and not list(tmp_path.rglob("*.json"))
+
+
+def test_a_results_folder_that_cannot_be_is_refused_before_the_work(call, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(bench, "bench_flops", None)
+    _, err = call("bench", "flops", f"--results={tmp_path}/file/results", code=2)
+    assert "--results" in err and (tmp_path / "file").read_text() == "mine"

@@ -1,10 +1,21 @@
-"""Settings: later ones win, types are checked, and a wrong one is answered with what would be right."""
+"""Settings: later ones win, types and ranges are checked, a wrong one answered with what would be right."""
 
-from dataclasses import dataclass, field
+import importlib
+import io
+import os
+import re
+import runpy
+import subprocess
+import sys
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 
 import pytest
 
-from configurator import BadInput, configure
+from configurator import NANOGPT, RANGES, BadInput, check_range, configure, reason, run
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -16,13 +27,26 @@ class Settings:
     limit: int | None = None  # none: no limit
     compiled: bool | None = None  # none: wherever it pays
     names: list[str] = field(default_factory=lambda: ["a", "b"])  # several
+    tau: float = 0.1  # τ
+    temperature: float | None = None  # T
+    num_fewshot: list[int] = field(default_factory=list)  # several numbers
 
 
 def test_a_file_then_flags(tmp_path):
-    (tmp_path / "a.py").write_text('"""doc"""\nsteps = 3\nrate = 1\nlimit = 5\nfast = True\n')
-    (tmp_path / "b.py").write_text("steps = 4\nlimit = None\n")
-    assert configure(Settings, [str(tmp_path / "a.py"), "--steps=7"]) == Settings(steps=7, rate=1.0, limit=5, fast=True)
-    assert configure(Settings, [str(tmp_path / "a.py"), str(tmp_path / "b.py")]) == Settings(steps=4, rate=1.0, limit=None, fast=True)
+    lines = ['"""doc"""', "steps = 3", "rate = 1", "limit = 5", "fast = True", 'names = ["x", "y"]']
+    (tmp_path / "a.py").write_text("\n".join(lines))
+    (tmp_path / "b.py").write_text("\ufeffsteps = 4\nlimit = None\n", encoding="utf-8")
+    a, b = str(tmp_path / "a.py"), str(tmp_path / "b.py")
+    wanted = Settings(steps=7, rate=1.0, limit=5, fast=True, names=["x", "y"])
+    assert configure(Settings, [a, "--steps=7"]) == wanted
+    assert configure(Settings, [a, b]) == Settings(steps=4, rate=1.0, limit=None, fast=True, names=["x", "y"])
+
+
+def test_the_default_file_applies_where_none_is_named(tmp_path):
+    (tmp_path / "a.py").write_text("steps = 3\n")
+    (tmp_path / "b.py").write_text("rate = 3\n")
+    assert configure(Settings, ["--rate=2"], default=tmp_path / "a.py") == Settings(steps=3, rate=2.0)
+    assert configure(Settings, [str(tmp_path / "b.py")], default=tmp_path / "a.py") == Settings(rate=3.0)
 
 
 @pytest.mark.parametrize("argv,want", [
@@ -33,44 +57,164 @@ def test_a_file_then_flags(tmp_path):
     (["--compiled", "None"], dict(compiled=None)),
     (["--rate=1e-3", "--limit=2"], dict(rate=1e-3, limit=2)),
     (["--names", "a", "b", "--steps=1"], dict(names=["a", "b"], steps=1)),
+    (["--num-fewshot", "0", "5"], dict(num_fewshot=[0, 5])),
     (["out/x"], dict(run="out/x")),
-    (["--limit=-1"], dict(limit=-1)),
+    (["--steps=-1"], dict(steps=-1)),
+    (["--temperature=0"], dict(temperature=0.0)),
+    (["--temperature=none"], dict(temperature=None)),
 ])
 def test_forms(argv, want):
     assert configure(Settings, argv, positional=("run",)) == Settings(**want)
 
 
 @pytest.mark.parametrize("argv,words", [
-    (["--stpes=3"], ["stpes", "steps"]),
+    (["--stpes=3"], ["stpes", "'steps'"]),
     (["--steps=3.5"], ["--steps", "whole number"]),
     (["--rate=fast"], ["--rate", "number"]),
     (["--fast=maybe"], ["--fast", "True or False"]),
     (["--rate"], ["--rate", "value"]),
     (["--names"], ["--names", "value"]),
+    (["--run", "--steps=2"], ["--run", "value"]),
+    (["--run="], ["--run", "not empty"]),
+    ([""], ["run", "not empty"]),
     (["a", "b"], ["'b'"]),
+    (["--tau=1.5"], ["--tau", "1.5", "[0, 1]"]),
+    (["--tau=nan"], ["--tau", "nan", "[0, 1]"]),
+    (["--temperature=1e-300"], ["--temperature", "0.001"]),
+    (["--temperature=inf"], ["--temperature", "100"]),
+    (["--limit=0"], ["--limit", "[1, 1e9]"]),
+    (["--num_fewshot", "0", "-1"], ["--num_fewshot", "-1", "[0, 1000]"]),
+    (["--max_iters=3"], ["max_iters", "--help"]),
+    (["--dropout=0.1"], ["dropout", "nanoGPT"]),
+    (["--lr=3"], ["'lr'", "--help"]),
 ])
 def test_wrong_settings(argv, words):
     with pytest.raises(BadInput) as error:
         configure(Settings, argv, positional=("run",))
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+    line = str(error.value)
+    assert all(word in line for word in words) and "\n" not in line, line
+    assert "did you mean" not in line or "steps" in words[-1], "only what is close is suggested"
+
+
+def test_what_nanogpt_calls_it_is_known():
+    from train import Train
+    for theirs, ours in {"lr": "learning_rate", "batch_size": "micro_batch_size", "max_iters": "max_steps",
+                         "out_dir": "out", "eval_interval": "eval_every"}.items():
+        with pytest.raises(BadInput, match=f"{theirs}.*{ours!r} here"):
+            configure(Train, [f"--{theirs}=1"])
+    assert not set(NANOGPT) & {f.name for f in fields(Train)}
 
 
 def test_a_bare_argument_that_is_no_file_is_no_config_file(tmp_path):
     (tmp_path / "a.py").write_text("steps = 3")
-    assert configure(Settings, [str(tmp_path / "a.py"), "import a.py"], positional=("run",)) == Settings(steps=3, run="import a.py")
+    argv = [str(tmp_path / "a.py"), "import a.py"]
+    assert configure(Settings, argv, positional=("run",)) == Settings(steps=3, run="import a.py")
     with pytest.raises(BadInput, match="cannot be read"):
         configure(Settings, [str(tmp_path / "b.py")])
 
 
-def test_a_config_file_runs_no_code(tmp_path):
-    (tmp_path / "a.py").write_text(f"steps = open({str(tmp_path / 'made')!r}, 'w')\n")
-    with pytest.raises(BadInput, match="line 1"):
+@pytest.mark.parametrize("source,words", [
+    ("steps = open('{made}', 'w')", ["line 1", "steps"]), ("import os", ["line 1", "plain assignments"]),
+    ("steps = 2 +", ["line 1"]), ("stpes = 2", ["line 1", "'steps'"]), ("steps = 'two'", ["line 1", "whole"]),
+    ("tau = 2", ["line 1", "tau", "[0, 1]"]), ("tau = 1e400", ["tau", "inf"]), ("steps = 1\0", ["a.py"]),
+    ("steps = [1, 2]", ["steps", "whole number"]), ("a = b = 1", ["line 1"]), ("steps = " + "(" * 5000, []),
+])
+def test_wrong_config_files(source, words, tmp_path):
+    (tmp_path / "a.py").write_text(source.replace("{made}", str(tmp_path / "made")))
+    with pytest.raises(BadInput) as error:
         configure(Settings, [str(tmp_path / "a.py")])
+    line = str(error.value)
+    assert all(word in line for word in ["a.py", *words]) and "\n" not in line, line
     assert not (tmp_path / "made").exists()
 
 
-def test_help_shows_defaults_and_comments(capsys):
+def test_a_file_may_hold_what_another_script_reads(tmp_path):
+    (tmp_path / "a.py").write_text("steps = 3\nglobal_batch_size = 4\n")
+    assert configure(Settings, [str(tmp_path / "a.py")], also="train.py") == Settings(steps=3)
+    with pytest.raises(BadInput, match="global_batch_size"):
+        configure(Settings, [str(tmp_path / "a.py")])
+    with pytest.raises(BadInput, match="global_batch_size"):
+        configure(Settings, ["--global_batch_size=4"], also="train.py")
+
+
+def test_help_shows_defaults_ranges_and_comments(capsys, tmp_path):
+    (tmp_path / "a.py").write_text("steps = 3\n")
     with pytest.raises(SystemExit) as stopped:
-        configure(Settings, ["--help"])
+        configure(Settings, ["--help"], positional=("run",), default=tmp_path / "a.py")
     out = capsys.readouterr().out
-    assert stopped.value.code == 0 and "--steps=10" in out and "how many" in out and "none: no limit" in out and "--names=a b " in out
+    assert stopped.value.code == 0 and "[run]" in out
+    lines = [["--steps=3", "how many"], ["--limit=None", "none: no limit"], ["--names=a b ", "several"],
+             ["--num_fewshot= ", "[0, 1000]"], ["--tau=0.1", "τ", "in [0, 1]"], ["--rate=0.5", "how fast"]]
+    for words in lines:
+        assert any(all(word in line for word in words) for line in out.splitlines()), (words, out)
+
+
+def settings_of(script):
+    """The settings class of a script, which it hands to configure."""
+    call = re.search(r"\bconfigure\((\w+)", (ROOT / script).read_text(encoding="utf-8"))
+    return call and getattr(importlib.import_module(script.removesuffix(".py")), call[1])
+
+
+SCRIPTS = [path.name for path in sorted(ROOT.glob("*.py"))
+           if path.stem != "configurator" and "= configure(" in path.read_text(encoding="utf-8")]
+
+
+def default_of(f):
+    return f.default if f.default is not MISSING else f.default_factory()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_number_has_a_range_that_holds_its_default(script):
+    kinds = typing.get_type_hints(settings_of(script))
+    for f in fields(settings_of(script)):
+        if not {int, float} & {kinds[f.name], *typing.get_args(kinds[f.name])}:
+            continue
+        assert f.name in RANGES, f.name
+        default = default_of(f)
+        for value in default if isinstance(default, list) else [default]:
+            check_range(f.name, value, f.name)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_a_script_shows_what_applies_and_needs_no_torch(script):
+    code = ("import sys, runpy; sys.modules['torch'] = None; "
+            "sys.argv = [sys.argv[1], '--help']; runpy.run_path(sys.argv[0], run_name='__main__')")
+    ran = subprocess.run([sys.executable, "-c", code, str(ROOT / script)], capture_output=True,
+                         env=os.environ | {"PYTHONIOENCODING": "cp1252"})  # which has no λ
+    assert ran.returncode == 0, ran.stderr.decode("cp1252")
+    out = ran.stdout.decode("cp1252")
+    has_default = re.search(r"\bconfigure\(.*default=", (ROOT / script).read_text(encoding="utf-8"))
+    tiny = runpy.run_path(str(ROOT / "config" / "tiny.py")) if has_default else {}
+    for f in fields(settings_of(script)):
+        value = tiny.get(f.name, default_of(f))
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        shown = f"  --{f.name}={text} ".encode("cp1252", "replace").decode("cp1252")
+        assert any(line.startswith(shown) for line in out.splitlines()), (shown, out)
+
+
+# --------------------------------------------------------------------------------------------------- messages
+
+
+@pytest.mark.parametrize("error,code,line", [
+    (BadInput("a\nb"), 2, "script.py: a b\n"), (KeyboardInterrupt(), 130, "script.py: interrupted\n")])
+def test_run_says_it_in_one_line(error, code, line, monkeypatch, capsys):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["folder/script.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run(main)
+    assert stopped.value.code == code and capsys.readouterr().err == line
+
+
+def test_what_the_encoding_lacks_is_still_printed(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    run(lambda: print("λ 0.1", flush=True))
+    assert out.buffer.getvalue().split() == [b"?", b"0.1"]
+
+
+def test_the_reason_of_an_exception_is_never_empty():
+    assert reason(ValueError()) == "ValueError" and reason(OSError(28, "No space left")) == "No space left"
+    long = reason(ValueError("word " * 100 + "\nend"))
+    assert len(long) <= 160 and long.endswith("word …")

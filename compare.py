@@ -1,0 +1,300 @@
+"""What a thought buys: every method trained on the same batches from the same seeds, side by side.
+
+    python compare.py config/micro.py --seeds=3 --jobs=2 --plot      hours: all tables, and the figure
+    python compare.py config/micro.py --parts rates tokens           two of the tables
+
+What is notable here:
+* A run is `python train.py …` in a process of its own, `jobs` of them at a time, which share the cores.
+* A run is written to results/ as it ends, and not made again: after an interruption the same command goes on.
+* Each method gets the best of the given learning rates. A run that diverges is a result too: the worst.
+"""
+
+from common import TINY, answer_help
+
+answer_help(__file__, default=TINY)
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+
+from baselines import METHODS
+from common import BadInput, about, check_output, configure, optional, run, table, whole, write_whole
+from model import Config
+from prepare import Data
+
+TRAIN = Path(__file__).with_name("train.py")
+DIVERGED = 3  # train.py's exit code where a loss or a gradient is not finite
+NO_THOUGHTS = "no thoughts"  # the control: adaptive's embedding scale, but never a latent step
+HEAD = "run|tokens|training FLOPs|steps, training|steps, validation|validation loss|bits per byte".split("|")
+FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": ".2f", "val_loss": ".4f",
+           "bits_per_byte": ".4f"}
+
+
+@dataclass
+class Compare(Config):
+    vocab_size: int = 0  # rows of the embedding and of the head; 0: the vocabulary of the data
+    data: str = "data/python"  # folder that prepare.py wrote
+    out: str = "out/tiny"  # the folders of the runs stand in <out>-compare-<max_steps>
+    seed: int = 1337  # of the first run of each kind
+    max_steps: int = 1000  # optimizer steps
+    global_batch_size: int = 16  # sequences in one optimizer step
+    micro_batch_size: int = 0  # sequences in one forward; 0: all of them
+    learning_rate: float = 1e-3  # peak, where the table of rates is not wanted
+    warmup: float = 0.02  # share of the steps in which the learning rate rises
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: off
+    budget: float | None = None  # mean latent steps per token that adaptive aims for; None: λ stays at lam
+    eval_windows: int = 128  # windows of validation text, the same for every run
+    device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
+    dtype: str = ""  # bfloat16 or float32; empty: what the device does well
+    compile: bool | None = None  # torch.compile each block; None: on CUDA only
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    methods: list[str] = field(default_factory=list)  # some of vanilla, adaptive, loop, …; none: all
+    seeds: int = 1  # runs of each kind, from seed, seed + 1, …
+    parts: list[str] = field(default_factory=lambda: ["rates", "tokens", "flops", "pareto"])  # which tables
+    rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # each method gets its best
+    budgets: list[float] = field(default_factory=list)  # Pareto; none: 0.5, 1, 1.5, 2 up to max_latent
+    jobs: int = 1  # runs at once, which share the cores
+    plot: bool = False  # also draw loss against FLOPs, as SVG and PNG (matplotlib)
+    results: str = "results"  # folder for the JSON
+
+    def __post_init__(self) -> None:
+        shape = {f.name: getattr(self, f.name) for f in fields(Config)}
+        Config(**shape | {"vocab_size": self.vocab_size or 1})  # its checks
+        if self.method != "adaptive":
+            raise ValueError(f"--method={self.method} is not read here; name the methods with --methods")
+        self.methods = self.methods or list(METHODS)
+        for name, known in (("methods", METHODS), ("parts", ("rates", "tokens", "flops", "pareto"))):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise ValueError(f"--{name} holds {value!r}, but must hold some of {', '.join(known)}")
+        for budget in (self.budget or 0, *self.budgets):
+            if budget > self.max_latent > 0:
+                raise ValueError(f"budget {budget:g} does not lie between 0 and max_latent {self.max_latent}")
+        self.budgets = self.budgets or [b for b in (0.5, 1.0, 1.5, 2.0) if b <= self.max_latent]
+
+
+NAMES = [f.name for f in fields(Compare)]
+TRAINED = NAMES[: NAMES.index("methods")]  # what train.py is told; our defaults are its own
+
+
+@dataclass(frozen=True)
+class Run:
+    """What sets a run apart from the others; all other settings are common to them."""
+
+    method: str
+    learning_rate: float
+    seed: int
+    max_latent: int
+    budget: float | None
+    tau: float
+    n_layer: int
+    max_steps: int
+
+    @property
+    def who(self) -> str:
+        return NO_THOUGHTS if self.method == "adaptive" and self.tau == 1 else self.method
+
+
+def plain_run(who: str, settings: Compare) -> Run:
+    """The first run of a method, or of the control, as the settings have it."""
+    plain = Run(**{f.name: getattr(settings, f.name) for f in fields(Run)})
+    if who == "adaptive":
+        return plain
+    if who == NO_THOUGHTS:
+        return replace(plain, tau=1.0, budget=None)
+    return replace(plain, method=who, budget=None, max_latent=1 if who == "ponder2" else settings.max_latent)
+
+
+class Runs:
+    """The finished runs of a results file, read back, and the making of those that are missing."""
+
+    def __init__(self, settings: Compare) -> None:
+        self.settings = settings
+        self.about = about()  # now, as the commit may be another when a run ends
+        free = ("method", "seed", "out", "device", "compile")
+        self.common = {name: getattr(settings, name) for name in TRAINED if name not in free}
+        shape = f"{settings.n_layer}x{settings.n_embd}-{settings.max_steps}"
+        self.path = Path(settings.results, f"quality-{shape}.json")
+        self.folder = Path(f"{settings.out}-compare-{settings.max_steps}")
+        check_output(self.path, "--results", make=True)
+        self.fingerprint = None  # of the data that the runs were trained on
+        self.finished: dict[Run, dict] = {}
+        self.processes: list[subprocess.Popen] = []
+        if not self.path.exists():
+            return
+        try:
+            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            theirs, self.fingerprint = stored["settings"], stored.get("fingerprint")
+            for result in stored["runs"].values():
+                plain = asdict(plain_run(result["method"], self.settings))
+                self.finished[Run(**{name: result.get(name, plain[name]) for name in plain})] = result
+            other = [name for name, ours in self.common.items() if theirs.get(name, ours) != ours]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{self.path} is not of compare.py ({error!r}); want another --results") from None
+        if other:
+            raise BadInput(f"{self.path} has other settings ({', '.join(other)}): choose another --results")
+
+    def name(self, run: Run, seed: bool = False) -> str:
+        """Its method, where it differs from the plain run of that, its rate, and its seed where wanted."""
+        plain = plain_run(run.who, self.settings)
+        could = {"max_steps": f"{run.max_steps} steps", "tau": "all steps",
+                 "budget": "" if run.budget is None else f"budget {run.budget:g}",
+                 "max_latent": f"K = {run.max_latent}", "n_layer": f"{run.n_layer} layers"}
+        own = [word for name, word in could.items() if word and getattr(run, name) != getattr(plain, name)]
+        words = [run.who, *own, f"rate {run.learning_rate:g}", f"seed {run.seed}"]
+        return ", ".join(words if seed else words[:-1])
+
+    def show(self, title: str, kinds: list[Run], seeds: int) -> None:
+        """Makes the runs of these kinds that are missing, each with every seed, and prints their table."""
+        kinds = list(dict.fromkeys(kinds))
+        self.make([replace(kind, seed=kind.seed + i) for kind in kinds for i in range(seeds)])
+        rows = [[self.name(kind), *(self.mean(kind, seeds, key) for key in FORMATS)] for kind in kinds]
+        print(f"\n{title}\n{table(HEAD, rows)}", flush=True)
+
+    def of(self, kind: Run, seeds: int, key: str) -> list:
+        """A result of the runs of a kind, seed by seed; None where one diverged."""
+        return [self.finished[replace(kind, seed=kind.seed + i)][key] for i in range(seeds)]
+
+    def mean(self, kind: Run, seeds: int, key: str) -> str:
+        """Over seeds, as text; of the loss with its standard deviation."""
+        values = self.of(kind, seeds, key)
+        if None in values:
+            return f"{values.count(None)} of {seeds} diverged" if key == "val_loss" else "–"
+        spread = f" ± {statistics.stdev(values):.4f}" if key == "val_loss" and seeds > 1 else ""
+        return f"{statistics.mean(values):{FORMATS[key]}}{spread}"
+
+    def make(self, wanted: list[Run]) -> None:
+        """Trains the wanted runs that are not there yet, `jobs` at a time."""
+        missing = [run for run in wanted if run not in self.finished]
+        if not missing:
+            return
+        fingerprint = Data(self.settings.data, self.settings.block_size).fingerprint
+        if self.finished and self.fingerprint != fingerprint:
+            raise BadInput(f"{self.path} holds runs on other data: choose another --results")
+        self.fingerprint = fingerprint
+        check_output(self.folder / "log.jsonl", "--out", make=True)
+        with ThreadPoolExecutor(self.settings.jobs) as pool:
+            results = {pool.submit(self.train, run): run for run in missing}
+            try:
+                for count, ended in enumerate(as_completed(results), 1):
+                    run = results[ended]
+                    self.finished[run] = ended.result() | asdict(run) | self.about
+                    runs = {self.name(run, seed=True): result for run, result in self.finished.items()}
+                    content = {"settings": self.common, "fingerprint": fingerprint, "runs": runs}
+                    write_whole(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+                    done = f"{count} of {len(missing)}: {self.name(run, seed=True)}"
+                    print(f"{done}: validation loss {self.mean(run, 1, 'val_loss')}", flush=True)
+            finally:  # after an interruption, or a run that failed, the others save what they have
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in self.processes:
+                    process.terminate()
+
+    def train(self, run: Run) -> dict:
+        """A run's summary, and its curve: (step, FLOPs, validation loss). Raises BadInput where it fails."""
+        out = self.folder / self.name(run, seed=True).replace(", ", "-").replace(" ", "")
+        often = max(1, run.max_steps // 10)
+        values = {name: getattr(self.settings, name) for name in TRAINED} | asdict(run)
+        values |= {"out": out, "eval_every": often, "save_every": often, "resume": (out / "ckpt.pt").exists()}
+        flags = [f"--{name}={value}" for name, value in values.items() if value != ""]
+        threads = max(1, torch.get_num_threads() // self.settings.jobs)
+        errors = Path(f"{out}.stderr")
+        with open(errors, "w") as stderr:  # in a session of its own, so that Ctrl-C reaches us alone
+            process = subprocess.Popen([sys.executable, str(TRAIN), *flags], stdout=subprocess.DEVNULL,
+                                       stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                                       start_new_session=True)
+        self.processes.append(process)
+        code = process.wait()
+        if code not in (0, DIVERGED) or (code == 0 and not (out / "summary.json").exists()):
+            said = errors.read_text(encoding="utf-8", errors="replace").splitlines() or ["stopped"]
+            raise BadInput(f"{self.name(run, seed=True)}: {said[-1]} (exit code {code}, {errors})")
+        path = out / "log.jsonl"  # not there where the first step diverged
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        log = [json.loads(line) for line in lines]
+        flops = {row["step"]: row["flops"] for row in log if "flops" in row}
+        steps = [row["latent_steps"] for row in log if "latent_steps" in row] or [0]
+        curve = [(row["step"], flops[row["step"]], row["val_loss"]) for row in log if "val_loss" in row]
+        if code == 0:
+            result = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+            del result["config"]
+        else:
+            result = dict.fromkeys("val_loss perplexity bits_per_byte val_steps flops tokens".split())
+        return result | {"curve": curve, "train_steps": statistics.mean(steps)}
+
+
+def plot(runs: Runs, plt) -> None:
+    """Validation loss against training FLOPs, a point a run, beside the JSON as SVG and PNG."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    good = [(run.who, result) for run, result in runs.finished.items() if result["val_loss"] is not None]
+    for i, who in enumerate((*METHODS, NO_THOUGHTS)):
+        points = [(result["flops"], result["val_loss"]) for each, result in good if each == who]
+        marker, size = ("*", 11) if who == "adaptive" else ("o", 6)
+        if points:
+            axes.plot(*zip(*points), marker, markersize=size, label=who, color=f"C{i}", alpha=0.7)
+    axes.set(xscale="log", xlabel="training FLOPs (counted)", ylabel="validation loss, nats per token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    for suffix in (".svg", ".png"):
+        path = runs.path.with_suffix(suffix)
+        with whole(path) as file:
+            figure.savefig(file, format=suffix[1:], bbox_inches="tight")
+        print(f"written: {path}")
+
+
+def main() -> None:
+    settings = configure(Compare, default=TINY, also="train.py")
+    plt = optional("matplotlib.pyplot", "--plot") if settings.plot else None
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    runs = Runs(settings)
+    seeds = settings.seeds
+    control = [NO_THOUGHTS] if "adaptive" in settings.methods else []
+    kinds = {who: plain_run(who, settings) for who in [*settings.methods, *control]}
+
+    if "rates" in settings.parts:  # each at its own best learning rate, found on the first seed
+        trials = [replace(kind, learning_rate=rate) for rate in settings.rates for kind in kinds.values()]
+        runs.show("Learning rates (first seed):", trials, 1)
+        ended = [run for run in trials if runs.finished[run]["val_loss"]]
+        ended.sort(key=lambda run: runs.finished[run]["val_loss"], reverse=True)
+        kinds |= {run.who: run for run in ended}  # the last of each is its best
+
+    if "tokens" in settings.parts or "flops" in settings.parts:
+        runs.show(f"At equal tokens ({seeds} seeds):", list(kinds.values()), seeds)
+
+    if "flops" in settings.parts:  # each for as many steps as adaptive's training FLOPs buy
+        costs = {who: runs.of(kind, seeds, "flops") for who, kind in kinds.items()}
+        spent = {who: statistics.mean(flops) for who, flops in costs.items() if None not in flops}
+        aim = spent.get("adaptive") or max(spent.values(), default=0)
+        steps = {who: max(1, round(settings.max_steps * aim / flops)) for who, flops in spent.items()}
+        for who in [who for who in kinds if who not in spent]:
+            print(f"\n{who} diverged: what its steps cost is not known, so that it is not in the next table")
+        title = "At equal training FLOPs, those of adaptive; the number of steps is what they buy:"
+        runs.show(title, [replace(kinds[who], max_steps=steps[who]) for who in steps], seeds)
+
+    if "pareto" in settings.parts:  # budgets of adaptive, K of its rivals, depths of vanilla
+        wanted = [kind for who, kind in kinds.items() if who not in (NO_THOUGHTS, "mor")]
+        for kind in list(wanted):
+            if kind.who == "adaptive":
+                wanted += [replace(kind, budget=budget) for budget in settings.budgets]
+                wanted.append(replace(kind, budget=None, tau=0.0))
+            elif kind.who == "vanilla":
+                wanted += [replace(kind, n_layer=kind.n_layer * times) for times in (2, 3, 4)]
+            else:
+                wanted += [replace(kind, max_latent=k) for k in range(1, settings.max_latent + 1)]
+        runs.show("Loss against passes, at equal tokens:", wanted, seeds)
+
+    if settings.plot:
+        plot(runs, plt)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,153 @@
+"""Fast paths: compiled training, weights laid out for decoding, compiled ticks. Delete them and no number
+changes.
+
+The model knows nothing of them: they are put on it from outside, on one model at a time. torch is imported
+inside the functions, so that --help answers at once.
+"""
+
+from functools import cache
+
+from common import BadInput, precision, reason
+
+
+@cache
+def compiles(wanted: bool | None, device) -> bool:
+    """What a --compile flag means on a device; None: on CUDA only. Raises BadInput where nothing compiles."""
+    import torch
+    wanted = device.type == "cuda" if wanted is None else wanted
+    if wanted:
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        except Exception as error:
+            raise BadInput(f"torch.compile fails here, so give --compile=False: {reason(error)}") from None
+    return wanted
+
+
+def compile_training(model) -> None:
+    """Compiles what a block does before and after its attention, for any number of tokens."""
+    import torch
+    for block in model.blocks:
+        block.before = torch.compile(block.before, dynamic=True)
+        block.after = torch.compile(block.after, dynamic=True)
+
+
+def lay_out(model, dtype=None) -> None:
+    """Stores the matrices of blocks and head as decoding reads them fastest. Not to train on.
+
+    On CUDA that is bfloat16 unless dtype says otherwise: autocast makes it of them at each use, so that the
+    numbers are the same and the bytes fewer. On a CPU it is float32, input by input in memory: a product with
+    4 to 63 rows then takes MKL half the time at small widths, and one with a single row no longer.
+    """
+    import torch
+    if model.head.weight is model.embed.weight:  # the embedding is read row by row, and stays as it is
+        model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    for parameter in (*model.blocks.parameters(), model.head.weight):
+        if parameter.dim() == 2:
+            weight = parameter.data.to(dtype or precision(parameter.device))
+            parameter.data = weight if weight.is_cuda else weight.T.contiguous().T
+
+
+class Still:
+    """A log as a compiled tick sees it: shapes stand still, and attention looks at all seats, empty ones too.
+    """
+
+    def __init__(self, entries: dict, seat) -> None:
+        self.entries = entries
+        self.seat = seat  # (1,) where the new states go
+
+    def append(self, name: str, seats: slice, new):
+        self.entries[name].index_copy_(2, self.seat, new)
+        return self.entries[name]
+
+
+class Ticks:
+    """A tick's pass over all layers as one compiled graph for all columns; on CUDA, as a CUDA graph.
+
+    Everything else goes to the model's own `one_pass`. CUDA graphs are recorded for each number of rows and
+    each capacity, over buffers of their own: a log moves into them when it comes for the first time, and they
+    are used again when it has gone.
+    """
+
+    def __init__(self, model, **options) -> None:
+        import torch
+        self.model = model
+        self.plain = model.one_pass
+        torch._dynamo.config.recompile_limit = 64  # one row or several, all layers or some
+        self.run = torch.compile(self.blocks, dynamic=True, **options)
+        self.tapes: list[Tape] = []
+
+    def __call__(self, x, states, log, layers=None):
+        import torch
+        layers = tuple(range(len(self.model.blocks)) if layers is None else layers)
+        if states.A > 1 or states.seat is not None or log.size == 0 or torch.is_grad_enabled():
+            return self.plain(x, states, log, layers)
+        log.open(states)
+        seat = torch.tensor([log.last], device=x.device)
+        if not x.is_cuda:
+            return self.run(x, states, log.entries, seat, layers)
+        for tape in self.tapes:
+            if tape.fits(x, log, layers):
+                break
+        else:
+            tape = Tape(self.run, x, states, log, seat, layers)
+            self.tapes.append(tape)
+        return tape.play(x, states.pos, log, seat)
+
+    def blocks(self, x, states, entries: dict, seat, layers: tuple):
+        from log import additive_mask
+        order, column = entries["order"], entries["column"]
+        mask = additive_mask(order.index_select(2, seat), column.index_select(2, seat), order, column)
+        rope = self.model.rope[:, states.pos, None]
+        log = Still(entries, seat)
+        for layer in layers:
+            x = self.model.blocks[layer](x, rope, states, log, None, mask)
+        return x
+
+
+class Tape:
+    """A CUDA graph of one tick, with the buffers that it reads and writes."""
+
+    def __init__(self, run, x, states, log, seat, layers: tuple) -> None:
+        import torch
+        self.layers = layers
+        self.owner = None  # a weak reference to the log that lies in the buffers
+        self.entries = {name: entry.clone() for name, entry in log.entries.items()}
+        self.x, self.pos, self.seat = x.clone(), states.pos.clone(), seat.clone()
+        still = type(states).tick(self.pos, states.column.clone())
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # compile and warm up: what it writes is written again by `play`
+            for _ in range(2):
+                run(self.x, still, self.entries, self.seat, layers)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = run(self.x, still, self.entries, self.seat, layers)
+
+    def fits(self, x, log, layers: tuple) -> bool:
+        """Whether this graph is of these shapes, and its buffers belong to this log or to none that still
+        lives.
+        """
+        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        same = shapes == {name: entry.shape for name, entry in log.entries.items()}
+        mine = self.owner is None or self.owner() in (log, None)
+        return same and mine and layers == self.layers and x.dtype == self.x.dtype
+
+    def play(self, x, pos, log, seat):
+        import weakref
+        if log.entries["order"] is not self.entries["order"]:
+            for name, entry in log.entries.items():
+                self.entries[name].copy_(entry)
+            log.entries = dict(self.entries)
+            self.owner = weakref.ref(log)
+        self.x.copy_(x)
+        self.pos.copy_(pos)
+        self.seat.copy_(seat)
+        self.graph.replay()
+        return self.result.clone()
+
+
+def compile_ticks(model, **options) -> None:
+    """Compiles the decoding of one token a row; the first tick waits for it. options: those of torch.compile.
+    """
+    model.one_pass = Ticks(model, **options)

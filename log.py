@@ -1,0 +1,248 @@
+"""The log of states: what a batch has executed so far, each state with its address (t, k), and who sees whom.
+
+There is one rule, and it is the paper's two-dimensional causal mask (METHOD.md §2):
+
+    entry j is visible to state i  ⇔  order[j] <= order[i]  and  column[j] <= column[i]
+
+What is notable here:
+* Training, evaluation, prefill and decoding append to the same log. A pass of any number of states takes the
+  next seats in all rows at once; in decoding that is one seat, so that shapes stand still whatever each row
+  is thinking about.
+* A halted token is absent from the packed states, and its seat is empty: it costs no matrix product, and
+  nobody sees it.
+
+Shapes: B rows, N packed states, A states of the longest row of a pass, S seats of the log, H heads, G heads
+of keys and values, hd width of a head.
+"""
+
+import copy
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+FAR = 2**30  # the order of an empty seat: later than every real state, so that none sees it
+
+
+@dataclass
+class States:
+    """The N states of a pass, packed: sorted by row, then by order. Attention lays them out on a (B, A) grid.
+    """
+
+    pos: Tensor  # (N,) position: turns RoPE
+    order: Tensor  # (N,) causal order: the position, unless a method interleaves
+    column: Tensor  # (N,) k: latent step
+    row: Tensor  # (N,) row of the batch
+    seat: Tensor | None  # (N,) place in the flat grid; None: the grid is full, N = B · A
+    B: int
+    A: int
+    deepest: int = 0  # no column of these is higher
+
+    @classmethod
+    def tick(cls, pos: Tensor, column: Tensor, deepest: int = 0) -> "States":
+        """One state for each row, at positions and latent steps (B,)."""
+        return cls(pos, pos, column, torch.arange(len(pos), device=pos.device), None, len(pos), 1, deepest)
+
+    def select(self, live: Tensor) -> "tuple[States, Tensor]":
+        """Those where live (N,) is true, and their indices (n,). Costs a host sync, the only one of a pass.
+        """
+        count = torch.zeros(self.B, dtype=torch.long, device=live.device).index_add_(0, self.row, live.long())
+        n, A = torch.stack((count.sum(), count.max())).tolist()
+        if n == len(live):
+            return self, torch.arange(n, device=live.device)
+        index = live.nonzero_static(size=n).squeeze(1)
+        row = self.row[index]
+        rank = torch.arange(n, device=live.device) - (count.cumsum(0) - count)[row]  # among those of its row
+        seat = None if n == self.B * A else row * A + rank
+        pos, order, column = self.pos[index], self.order[index], self.column[index]
+        return States(pos, order, column, row, seat, self.B, A, self.deepest), index
+
+    def grid(self, packed: Tensor, fill: int = 0) -> Tensor:
+        """(N, H, hd) → (B, H, A, hd), `fill` on empty seats."""
+        if self.seat is not None:
+            empty = packed.new_full((self.B * self.A, *packed.shape[1:]), fill)
+            packed = empty.index_copy_(0, self.seat, packed)
+        return packed.view(self.B, self.A, *packed.shape[1:]).transpose(1, 2)
+
+    def pack(self, grid: Tensor) -> Tensor:
+        """(B, H, A, hd) → (N, H · hd)."""
+        flat = grid.transpose(1, 2).reshape(self.B * self.A, -1)
+        return flat if self.seat is None else F.embedding(self.seat, flat)  # a gather with a fast backward
+
+
+def pad(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Lists of tokens of any lengths → idx (B, T), padded on the right, and which of it is text (B, T)."""
+    lengths = torch.tensor([len(text) for text in texts])
+    live = torch.arange(int(lengths.max())) < lengths[:, None]
+    idx = torch.zeros(live.shape, dtype=torch.long)
+    idx[live] = torch.tensor([token for text in texts for token in text], dtype=torch.long)
+    return idx.to(device), live.to(device)
+
+
+def spread(packed: Tensor, idx: Tensor, live: Tensor | None) -> Tensor:
+    """(N, …) → (B, T, …) as idx, 0 where not live."""
+    if live is None:
+        return packed.view(*idx.shape, *packed.shape[1:])
+    whole = packed.new_zeros(*idx.shape, *packed.shape[1:])
+    whole[live] = packed
+    return whole
+
+
+class Log:
+    """The addresses, and the keys and values of every layer, of the states of all passes so far.
+
+    A row with fewer states than the longest leaves seats empty. With gradients each pass joins the entries
+    anew. Without, they lie in buffers, which are squeezed and grow by half when they are full.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Tensor] = {}  # order, column, k0, v0, k1 …, each (B, G, capacity, hd)
+        self.size = 0  # seats taken
+        self.last = 0  # the first seat of the last pass
+        self.plain = True  # no seat is empty, and none is of a higher column than 0
+
+    def open(self, states: States) -> slice:
+        """Takes the next seats and writes down the addresses of a pass; its keys and values follow by
+        `append`.
+        """
+        if self.size and not torch.is_grad_enabled() and self.size + states.A > self.entries["order"].size(2):
+            self.make_room(states.A)
+        seats = slice(self.size, self.size + states.A)
+        self.last, self.size = seats.start, seats.stop
+        self.plain = self.plain and states.seat is None and states.deepest == 0
+        order = states.grid(states.order[:, None, None], FAR)  # (B, 1, A, 1)
+        column = states.grid(states.column[:, None, None], FAR)
+        self.order = self.append("order", seats, order)  # (B, 1, S, 1)
+        self.column = self.append("column", seats, column)
+        return seats
+
+    def append(self, name: str, seats: slice, new: Tensor) -> Tensor:
+        """new (B, G, A, hd) on the seats of a pass → all that this pass may look at (B, G, S, hd)."""
+        if seats.start and torch.is_grad_enabled():  # later ones are there when checkpointing recomputes
+            new = torch.cat((self.entries[name][:, :, : seats.start], new), 2)
+        if seats.start and not torch.is_grad_enabled():
+            self.entries[name][:, :, seats] = new
+        else:
+            self.entries[name] = new
+        return self.entries[name][:, :, : seats.stop]
+
+    def make_room(self, more: int) -> None:
+        """Squeezes out empty seats and makes room for `more` states, and for half of those that are there."""
+        full = self.entries["order"][:, :, : self.size] < FAR
+        most = int(full.sum(2).max())
+        chosen = full.int().sort(dim=2, descending=True, stable=True).indices[:, :, :most]  # full seats first
+        more = max(more, most // 2, 64)
+        for name, old in self.entries.items():
+            kept = old[:, :, :most] if most == self.size else old.take_along_dim(chosen, 2)
+            empty = old.new_full((*old.shape[:2], more, old.size(3)), FAR if name == "order" else 0)
+            self.entries[name] = torch.cat((kept, empty), 2)
+        self.size = most
+
+    def forget_last_pass(self) -> None:
+        self.size = self.last
+
+    def rows(self, chosen: Tensor) -> "Log":
+        """A log whose row i is a copy of row chosen[i] of this one."""
+        new = copy.copy(self)
+        new.entries = {name: entry[chosen] for name, entry in self.entries.items()}
+        return new
+
+    def replace(self, rows: Tensor, other: "Log") -> None:
+        """Empties some rows and gives them what another log holds, a row each."""
+        if other.size > self.entries["order"].size(2):
+            self.make_room(other.size)
+        self.entries["order"][rows] = FAR
+        for name, entry in other.entries.items():
+            self.entries[name][rows, :, : other.size] = entry[:, :, : other.size]
+        self.size = max(self.size, other.size)
+        self.plain = False
+
+
+class Cache:
+    """The logs of a batch: one, or one for each pass of a method whose passes do not see each other."""
+
+    def __init__(self) -> None:
+        self.logs: dict[int, Log] = defaultdict(Log)
+        self.at: dict[str, Tensor] = {}  # of each row (B, …): "pos", and what `tick` keeps of its thought
+        self.length = 0  # tokens fed so far, padding included: no row is longer
+
+    def states(self, idx: Tensor, live: Tensor | None) -> States:
+        """The next tokens idx (B, T), or those that are live (B, T), as column 0; advances the positions."""
+        B, T = idx.shape
+        start = self.at.get("pos", idx.new_zeros(B))
+        ahead = torch.arange(T, device=idx.device).expand(B, T) if live is None else live.long().cumsum(1) - 1
+        pos = (start[:, None] + ahead).flatten()
+        row = torch.arange(B, device=idx.device).repeat_interleave(T, output_size=B * T)
+        self.at["pos"] = start + (T if live is None else live.sum(1))
+        self.length += T
+        states = States(pos, pos, torch.zeros_like(pos), row, None, B, T)
+        return states if live is None else states.select(live.flatten())[0]
+
+    def rows(self, chosen: list[int]) -> "Cache":
+        """A cache whose row i is a copy of row chosen[i] of this one: one prefill for many continuations."""
+        index = torch.tensor(chosen, device=self.at["pos"].device)
+        new = Cache()
+        new.logs.update((k, log.rows(index)) for k, log in self.logs.items())
+        new.at = {name: t[index] for name, t in self.at.items()}
+        new.length = self.length
+        return new
+
+    def replace(self, chosen: list[int], other: "Cache") -> "Cache":
+        """This cache, some rows of which have forgotten what they held and taken over the rows of another
+        one.
+        """
+        index = torch.tensor(chosen, device=self.at["pos"].device)
+        for k, log in self.logs.items():
+            log.replace(index, other.logs[k])
+        self.at["pos"] = self.at["pos"].index_copy(0, index, other.at["pos"])
+        return self
+
+
+def make_mask(states: States, log: Log) -> Tensor | BlockMask | None:
+    """The one rule for the states of the last pass, made once for all layers. None: causal attention says the
+    same.
+
+    An empty seat sees everything, so that no softmax is over nothing; nobody reads what it computes.
+    """
+    if log.last == 0 or (states.A == 1 and log.plain):
+        return None
+    order, column = log.order[:, :, log.last :], log.column[:, :, log.last :]  # (B, 1, A, 1)
+    if order.is_cuda and states.A >= 128:
+        return block_mask(order, column, log.order, log.column)
+    return additive_mask(order, column, log.order, log.column)
+
+
+def additive_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Tensor) -> Tensor:
+    """The rule as numbers to add to the scores: states (B, 1, A, 1), entries (B, 1, S, 1) → (B, 1, A, S)."""
+    seen = (key_order.mT <= order) & (key_column.mT <= column)
+    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -math.inf)
+
+
+def block_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Tensor) -> BlockMask:
+    """The rule for FlexAttention, from the same shapes. Here an empty seat sees nothing."""
+    order, column, key_order, key_column = (t.flatten(1) for t in (order, column, key_order, key_column))
+
+    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (key_order[b, k] <= order[b, q]) & (key_column[b, k] <= column[b, q])
+        return seen & (order[b, q] < FAR)
+
+    make = compiled_block_mask if order.is_cuda else create_block_mask
+    return make(mask_mod, order.size(0), None, order.size(1), key_order.size(1), device=order.device)
+
+
+compiled_block_mask = torch.compile(create_block_mask, dynamic=True)
+compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """q (B, H, A, hd), k and v (B, G, S, hd) → (B, H, A, hd). The one place that chooses a kernel."""
+    grouped = q.size(1) != k.size(1)
+    if isinstance(mask, BlockMask):
+        return compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+    causal = mask is None and q.size(2) > 1
+    mask = None if mask is None else mask.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)

@@ -1,0 +1,306 @@
+"""What stands around the loop of train.py: processes, evaluation, and all that guards the folder of a run.
+
+What is notable here:
+* A run exists from its first checkpoint, which is written before the first step and the first log line.
+* A checkpoint knows the length and the checksum that the log had then. --resume cuts the log there: a run
+  that was killed ends with the log of one that was not, and a log that is another's is left alone.
+* The lock on a folder is the system's own: a process that dies leaves none.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from common import BadInput, autocast, check_tensor, reason
+from model import LLaMA
+from prepare import Data, describe
+
+RANK = int(os.environ.get("RANK", 0))  # which process this is; torchrun sets all three
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which on its machine
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+DIVERGED = 3  # exit code of a run whose numbers are no longer finite
+FREE = (  # settings that change no number but for rounding: --resume may change them
+    "out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "keep_every",
+    "log_every", "device", "compile", "checkpointing")
+
+
+@dataclass
+class Progress:
+    """What a run has come to. ckpt.pt holds all of it, beside the model and the optimizer."""
+
+    step: int = 0  # optimizer steps done
+    seconds: float = 0.0  # that they took
+    lam: float = 0.0  # λ of the next step
+    products: int = 0  # FLOPs of their forwards in matrix products: exact, all processes together
+    attention: int = 0  # the same in attention
+    best: float = math.inf  # lowest validation loss
+    result: dict = field(default_factory=dict)  # the last evaluation
+    controller: tuple | None = None  # what the BudgetController remembers
+    log: tuple = (0, "")  # length and checksum of log.jsonl
+
+
+class Stop:
+    """Ctrl-C or SIGTERM asks for an end after this step; a second one ends at once, and saves nothing.
+
+    Of several processes each hears a Ctrl-C twice, from the terminal and from torchrun: what follows within
+    two seconds is taken for an echo.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.since = 0.0
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number: int, frame) -> None:
+        if not self.asked:
+            self.asked = True
+            self.since = time.monotonic()
+            if RANK == 0:  # not by print, which the signal may have interrupted
+                os.write(2, b"\ntrain.py: saves and stops after this step; a second Ctrl-C ends at once\n")
+        elif WORLD == 1 or time.monotonic() - self.since > 2:
+            os._exit(128 + number)
+
+
+# ----------------------------------------------------------------------------------- numbers of all processes
+
+
+def distribute(model: LLaMA, device: torch.device) -> LLaMA | DistributedDataParallel:
+    """Joins the other processes, and averages gradients with them; the model itself where there are none."""
+    if WORLD == 1:
+        return model
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    devices = [device] if device.type == "cuda" else None
+    with warnings.catch_warnings():  # broadcast_buffers has another name from torch 2.13 on
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False)
+
+
+def exact(device: torch.device) -> torch.device:
+    """Where to add up in float64: Apple's GPUs have none, and NCCL adds on GPUs alone."""
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
+def add_up(sums: dict[str, Tensor], device: torch.device) -> dict[str, float]:
+    """Each named 0-dim tensor summed over the processes: one all-reduce, and one wait for the device."""
+    total = torch.stack([value.to(exact(device)).double() for value in sums.values()])
+    if WORLD > 1:
+        dist.all_reduce(total)
+    return dict(zip(sums, total.tolist()))
+
+
+@torch.no_grad()
+def evaluate(model: LLaMA, data: Data, config, micro: int, device: torch.device, stop: Stop) -> dict:
+    """Validation loss (nats per token), perplexity, bits per byte and mean latent steps, on the same windows.
+
+    Empty where a stop was asked for.
+    """
+    zero = torch.zeros((), dtype=torch.float64, device=exact(device))
+    sums = {"nats": zero, "steps": zero, "tokens": zero}
+    model.eval()
+    for i in range(RANK * micro, config.eval_windows, WORLD * micro):
+        if stop.asked:
+            break
+        x, y = data.windows(config.eval_windows, slice(i, i + micro))
+        with autocast(device, config.dtype):
+            o = model(x.to(device), y.to(device))
+        sums["nats"] = sums["nats"] + o.ce.to(zero.device) * y.numel()
+        sums["steps"] = sums["steps"] + o.steps.sum().to(zero.device)
+        sums["tokens"] = sums["tokens"] + y.numel()
+    model.train()
+    sums["stop"] = zero + stop.asked
+    total = add_up(sums, device)
+    if total["stop"]:
+        return {}
+    loss = total["nats"] / total["tokens"]
+    text = data.meta["val"]
+    return {
+        "val_loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": loss / math.log(2) * text["tokens"] / text["bytes"],
+        "val_steps": total["steps"] / total["tokens"],
+    }
+
+
+def say(text: str) -> None:
+    """Prints a line, above the progress bar, in one of the processes."""
+    if RANK == 0:
+        tqdm.write(text, file=sys.stdout)
+
+
+def say_stopped(step: int, path: Path) -> None:
+    line = f"stopped after step {step}, saved to {path}; go on with --resume"
+    if WORLD > 1:  # torchrun follows with its own account of the signal, a long one
+        rule = "=" * len(line)
+        line = f"\n{rule}\n{line}\n{rule}\n(torchrun adds a traceback, as it was interrupted)\n"
+    say(line)
+
+
+def check_finite(numbers: dict[str, float], step: int, path: Path) -> None:
+    """Ends a run that has diverged, with exit code 3. What its last checkpoint, at path, holds is finite."""
+    wrong = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    if not wrong:
+        return
+    if RANK == 0:
+        advice = f"{path} is of an earlier step, and finite; a lower --learning_rate may help"
+        tqdm.write(f"train.py: diverged at step {step}: {', '.join(wrong)}; {advice}", file=sys.stderr)
+    sys.exit(DIVERGED)
+
+
+def largest(model: LLaMA, optimizer: torch.optim.Optimizer) -> float:
+    """The largest absolute value among weights and moments: not finite where one of them is not."""
+    tensors = [parameter.detach() for parameter in model.parameters()]
+    for moments in optimizer.state.values():
+        tensors += moments.values()
+    return torch.stack([tensor.abs().amax() for tensor in tensors]).amax().item()
+
+
+# -------------------------------------------------------------------------------------------- lock, log.jsonl
+
+
+def lock(folder: Path):
+    """Makes the folder, and returns its lock, an open file: held until it is closed or its process dies.
+
+    Removes what a killed process left half written. Raises BadInput where another process holds the lock, or
+    where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a")
+    except OSError as error:
+        raise BadInput(f"--out={folder} cannot be written: {reason(error)}") from None
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # any other: a file system that knows no locks
+            file.close()
+            raise BadInput(f"another train.py is at work in {folder}: choose another --out") from None
+    for half in folder.glob("*.tmp"):
+        half.unlink()
+    return file
+
+
+def write_log(path: Path, record: dict) -> None:
+    """Appends a record, a line of JSON, in one of the processes. Raises BadInput on a full disk."""
+    if RANK > 0:
+        return
+    try:
+        with open(path, "a", newline="\n") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+    except OSError as error:
+        raise unwritten(path, error) from None
+
+
+def log_state(path: Path) -> tuple[int, str]:
+    """Length and SHA-256 of a log, once it is on the disk: no checkpoint survives a power cut without it."""
+    if not path.exists():
+        return 0, hashlib.sha256().hexdigest()
+    try:
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+            content = file.read()
+    except OSError as error:
+        raise unwritten(path, error) from None
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
+def unwritten(path: Path, error: OSError) -> BadInput:
+    advice = "the last checkpoint is as it was: make room, and go on with --resume"
+    return BadInput(f"{path} cannot be written ({reason(error)}); {advice}")
+
+
+def cut_log(path: Path, size: int, checksum: str) -> None:
+    """Removes what a run wrote after its last checkpoint. Raises BadInput where the log is not its own.
+
+    A log that was taken away begins anew.
+    """
+    if not path.exists():
+        return
+    if hashlib.sha256(path.read_bytes()[:size]).hexdigest() != checksum:
+        raise BadInput(f"{path} does not begin as this run wrote it: bring that back, or move this file away")
+    os.truncate(path, size)
+
+
+# ----------------------------------------------------------------------------------------------------- checks
+
+
+def check_new(config, data: Data) -> None:
+    """Raises BadInput where config (a Train) and data make no run, or would meet another. Writes nothing."""
+    vocabulary = data.tokenizer.n_vocab
+    if config.vocab_size and config.vocab_size < vocabulary:
+        raise BadInput(f"vocab_size is {config.vocab_size}, but {config.data} has {vocabulary} tokens")
+    data.windows(config.eval_windows, slice(0, 1))  # refuses more than there are
+    share = config.global_batch_size // WORLD
+    if config.global_batch_size % WORLD:
+        raise BadInput(f"global_batch_size {config.global_batch_size} does not divide by {WORLD} processes")
+    if share % min(config.micro_batch_size or share, share):
+        raise BadInput(f"the {share} sequences of a process (global_batch_size {config.global_batch_size} / "
+                       f"{WORLD}) do not divide into micro_batch_size {config.micro_batch_size}")
+    out = Path(config.out)
+    if config.resume and not (out / "ckpt.pt").exists():
+        raise BadInput(f"--out={out} holds no ckpt.pt, so there is nothing to resume: name the folder of a "
+                       "run, or begin one without --resume")
+    for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json"):
+        if (out / name).exists() and not config.resume:
+            advice = "go on with --resume, or choose another --out"
+            raise BadInput(f"{out} holds a run already ({name}): {advice}")
+
+
+def check_resumed(config, checkpoint: dict, data: Data, optimizer: torch.optim.Optimizer) -> None:
+    """Raises BadInput where a checkpoint is not of the run that config and data describe.
+
+    What is FREE may differ, and so may the length, if the run has not come further already.
+    """
+    path = f"{config.out}/ckpt.pt"
+    if not {"train", "data", "optimizer", *asdict(Progress())} <= checkpoint.keys():
+        raise BadInput(f"{path} can be sampled, not resumed: it has no optimizer, or is of an older version")
+    for name, old in checkpoint["train"].items():
+        new = getattr(config, name, None)
+        if name not in FREE and new != old:
+            advice = "resume it as it was, or choose another --out"
+            raise BadInput(f"{config.out} was trained with {name}={old}, not {new}: {advice}")
+    if checkpoint["data"] != data.fingerprint:
+        what = "other text" if checkpoint["tokenizer"] == describe(data.tokenizer) else "another tokenizer"
+        advice = "prepare it as it was, name where that lies with --data, or choose another --out"
+        raise BadInput(f"{config.out} was trained with {what} than that of {config.data}: {advice}")
+    for name, default in asdict(Progress()).items():
+        if default is not None and type(checkpoint[name]) is not type(default):
+            raise BadInput(f"{path} is corrupt: {name} is {checkpoint[name]!r}")
+    step = checkpoint["step"]
+    if step < 0:
+        raise BadInput(f"{path} is corrupt: it is of step {step}")
+    if step > config.max_steps:
+        raise BadInput(f"{config.out} has done {step} steps already: max_steps must be at least that")
+    check_moments(f"{path}: optimizer", checkpoint["optimizer"], optimizer)
+
+
+def check_moments(where: str, saved: dict, optimizer: torch.optim.Optimizer) -> None:
+    """Raises BadInput where Adam's state does not fit its parameters: fused, it would read past their end."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    count = torch.zeros(())
+    try:
+        for i, moments in saved["state"].items():
+            check_tensor(f"{where}, step", moments["step"], count)
+            check_tensor(f"{where}, exp_avg", moments["exp_avg"], parameters[i])
+            check_tensor(f"{where}, exp_avg_sq", moments["exp_avg_sq"], parameters[i])
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise BadInput(f"{where} is not that of this model") from None

@@ -1,0 +1,268 @@
+"""What all scripts share: files that stay whole, devices, checkpoints that are checked."""
+
+import io
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import (
+    BadInput, about, autocast, check_output, check_tensor, load_checkpoint, measure_roof, optional,
+    pick_device, precision, save_checkpoint, table, timed, write_whole)
+from conftest import uneven
+from prepare import get_tokenizer
+
+TOKENIZER = get_tokenizer("bytes")
+
+
+def test_an_optional_package_is_asked_for():
+    assert optional("os.path", "x") is os.path
+    with pytest.raises(BadInput, match="--plot needs not_there: pip install not_there"):
+        optional("not_there.figure", "--plot")
+
+
+def test_a_result_says_what_made_it(monkeypatch):
+    found = about()
+    assert found["machine"] and found["torch"] == torch.__version__ and found["python"] and "commit" in found
+    monkeypatch.setenv("PATH", "")  # no git
+    assert about()["commit"] == ""
+
+
+def test_a_table_is_aligned():
+    lines = table(["a", "bb"], [["x", 1], ["yyy", 22]]).splitlines()
+    assert lines == ["| a   | bb |", "|-----|---:|", "| x   |  1 |", "| yyy | 22 |"]
+
+
+class Full(io.BytesIO):
+    def write(self, _):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    write_whole(path, "λ")
+    write_whole(str(path), b"two")
+    (tmp_path / "a.json.tmp").write_text("left by a run that was killed")
+    write_whole(path, "three λ")
+    assert path.read_text(encoding="utf-8") == "three λ" and [*tmp_path.iterdir()] == [path]
+    for fails in ("fsync", "replace"):
+        message = "a.json cannot be written: No space left"
+        with monkeypatch.context() as patch, pytest.raises(BadInput, match=message):
+            patch.setattr(os, fails, lambda *_: Full().write(b""))
+            write_whole(path, "four")
+        assert path.read_text(encoding="utf-8") == "three λ" and [*tmp_path.iterdir()] == [path]
+    with pytest.raises(BadInput, match="cannot be written"):
+        write_whole(tmp_path / "no" / "a.json", "x")
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
+    (tmp_path / "far").mkdir()
+    os.symlink(tmp_path / "far" / "a.json", tmp_path / "link.json")
+    os.symlink(tmp_path / "circle", tmp_path / "circle")
+    for content in ("one", "two"):
+        check_output(tmp_path / "link.json", "--json")
+        write_whole(tmp_path / "link.json", content)
+        assert (tmp_path / "far" / "a.json").read_text() == content and (tmp_path / "link.json").is_symlink()
+    os.mkfifo(tmp_path / "fifo")
+    for path in ("/dev/null", tmp_path / "fifo", tmp_path / "circle"):
+        with pytest.raises(BadInput, match="--json="):
+            check_output(path, "--json")
+
+
+def test_an_output_is_tried_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    check_output(tmp_path / "a.html", "--html")
+    check_output(tmp_path / "file", "--html")
+    for path in (tmp_path, tmp_path / "no" / "a.html", tmp_path / "file" / "a.html"):
+        with pytest.raises(BadInput, match="--html="):
+            check_output(path, "--html")
+    with pytest.raises(BadInput, match="--json="):
+        check_output(tmp_path / "file" / "a.json", "--json", make=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"] and (tmp_path / "file").read_text() == "x"
+    check_output(tmp_path / "new" / "a.json", "--json", make=True)
+    assert (tmp_path / "new").is_dir()
+    if os.getuid():  # root may write anywhere
+        tmp_path.chmod(0o500)
+        with pytest.raises(BadInput, match="Permission"):
+            check_output(tmp_path / "a.html", "--html")
+        tmp_path.chmod(0o700)
+
+
+# ---------------------------------------------------------------------------------------------------- devices
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    for name in ("tpu9", "meta", "cuda:77", "cpu cpu"):
+        with pytest.raises(BadInput, match=f"--device={name} .*cpu"):
+            pick_device(name)
+
+
+def test_mps_is_used_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch, "empty", lambda *_, device: device)
+    assert pick_device("mps").type == "mps"
+    assert precision(torch.device("mps")) is torch.float32
+
+
+def test_precision_is_what_the_device_does_well(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for has in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has)
+        assert precision(cuda) is (torch.bfloat16 if has else torch.float32)
+        assert precision(cpu) is torch.float32
+    assert precision(cpu, "bfloat16") is torch.bfloat16 and precision(cuda, "float32") is torch.float32
+    for wrong in ("float16", "int8"):
+        with pytest.raises(BadInput, match=f"--dtype={wrong}.*bfloat16"):
+            autocast(cpu, wrong)
+    a = torch.ones(2, 2)
+    with autocast(cpu):
+        assert (a @ a).dtype is torch.float32
+    with autocast(cpu, "bfloat16"):
+        assert (a @ a).dtype is torch.bfloat16
+
+
+def test_the_roof_is_timed_where_the_product_is_made(monkeypatch):
+    made = []
+    original = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda a, b: made.append(len(a)) or original(a, b))
+    assert measure_roof(torch.device("cpu")) > 0 and made == [1024] * 8
+    assert timed(lambda: None, torch.device("cpu")) >= 0
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "ckpt.pt"
+    save_checkpoint(path, uneven(vocab_size=257), TOKENIZER, step=3, train={"seed": 1})
+    return path
+
+
+def test_a_checkpoint_comes_back(saved):
+    for path in (saved, str(saved.parent)):
+        model, tokenizer, checkpoint = load_checkpoint(path)
+        assert checkpoint["step"] == 3 and checkpoint["train"] == {"seed": 1} and not model.training
+        assert asdict(model.config) == checkpoint["config"] and tokenizer.encode_ordinary("ä") == [195, 164]
+        original = uneven(vocab_size=257).state_dict()
+        assert all(torch.equal(original[name], tensor) for name, tensor in model.state_dict().items())
+    assert [*saved.parent.iterdir()] == [saved]
+
+
+def test_a_tied_head_comes_back_tied(tmp_path):
+    save_checkpoint(tmp_path / "ckpt.pt", uneven("vanilla", vocab_size=257, tie_embeddings=True), TOKENIZER)
+    model = load_checkpoint(tmp_path)[0]
+    assert model.head.weight is model.embed.weight
+
+
+def test_a_checkpoint_of_before_grouped_queries_loads(saved, tmp_path):
+    state = torch.load(saved, weights_only=True)
+    del state["config"]["n_kv_head"], state["config"]["tie_embeddings"]
+    torch.save(state, tmp_path / "ckpt.pt")
+    x = torch.randint(0, 257, (2, 9))
+    assert torch.equal(load_checkpoint(tmp_path)[0](x).logits, load_checkpoint(saved)[0](x).logits)
+
+
+def test_what_is_not_finite_is_never_saved(saved, tmp_path):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(saved.read_bytes())
+    model = uneven(vocab_size=257)
+    for bad in (float("nan"), float("inf")):
+        with torch.no_grad():
+            model.blocks[1].w2.weight[3, 4] = bad
+        with pytest.raises(BadInput, match="blocks.1.w2.weight is not finite"):
+            save_checkpoint(path, model, TOKENIZER)
+    assert path.read_bytes() == saved.read_bytes() and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_full_disk_leaves_the_checkpoint_of_before(error, saved, tmp_path, monkeypatch):
+    path = tmp_path / "ckpt.pt"
+    path.write_bytes(saved.read_bytes())
+
+    def half(state, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(BadInput, match="ckpt.pt cannot be written: (No space|unexpected)"):
+        save_checkpoint(path, uneven(vocab_size=257), TOKENIZER)
+    assert path.read_bytes() == saved.read_bytes() and [*tmp_path.iterdir()] == [path]
+
+
+class Hostile:
+    def __reduce__(self):
+        return (os.mkdir, ("hostile-code-ran",))
+
+
+def refused(path, content, *words):
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(BadInput) as error:
+        load_checkpoint(path)
+    line = str(error.value)
+    assert path.name in line and "\n" not in line and all(word in line for word in words), line
+
+
+def test_wrong_checkpoints(saved, tmp_path):
+    good = saved.read_bytes()
+    state = torch.load(saved, weights_only=True)
+    refused(tmp_path / "truncated.pt", good[: len(good) // 2], "corrupt")
+    refused(tmp_path / "noise.pt", b"not a checkpoint at all", "corrupt")
+    refused(tmp_path / "empty.pt", b"", "corrupt")
+    refused(tmp_path / "other.pt", {"weights": torch.zeros(3)}, "not written by")
+    refused(tmp_path / "list.pt", [1, 2], "not written by")
+    refused(tmp_path / "ranks.pt", state | {"ranks": state["ranks"][:-5]}, "does not fit", "sha256")
+    refused(tmp_path / "lacks.pt", {k: v for k, v in state.items() if k != "model"}, "does not fit")
+    refused(tmp_path / "hostile.pt", {"format": Hostile()}, "code")
+    assert not Path("hostile-code-ran").exists()
+    with pytest.raises(BadInput, match="does not exist"):
+        load_checkpoint(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("name,value,words", [
+    ("n_embd", 64, ["embed.weight", "[257, 32]", "[257, 64]"]), ("n_layer", 2, ["does not fit", "adaptive"]),
+    ("block_size", 10**9, ["block_size"]), ("n_ff", 10**18, ["n_ff"]), ("n_layer", 10**9, ["n_layer"]),
+    ("vocab_size", 10**8, ["embed.weight"]), ("tau", float("nan"), ["tau"]), ("n_head", "4", ["not fit"]),
+    ("method", "loop", ["not fit", "loop"]), ("method", "lop", ["not fit", "lop"]), ("extra", 1, ["extra"]),
+])
+def test_a_config_that_does_not_fit_allocates_nothing(name, value, words, saved, tmp_path):
+    state = torch.load(saved, weights_only=True)
+    refused(tmp_path / "bad.pt", state | {"config": state["config"] | {name: value}}, *words)
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda t: t.half(), ["torch.float16"]), (lambda t: t.T, ["must be torch.float32"]),
+    (lambda t: "x", ["str"]), (lambda t: t.to_sparse(), ["torch.sparse_coo"]),
+    (lambda t: t.log(), ["not finite"]), (lambda t: t / 0, ["not finite"]),
+])
+def test_a_tensor_that_is_not_what_it_must_be(change, words, saved, tmp_path):
+    state = torch.load(saved, weights_only=True)
+    state["model"]["head.weight"] = change(state["model"]["head.weight"])
+    refused(tmp_path / "bad.pt", state, "head.weight", *words)
+
+
+def test_every_flipped_byte_is_found_or_changes_nothing(saved, tmp_path):
+    good = bytearray(saved.read_bytes())
+    whole = load_checkpoint(saved)[0].state_dict()
+    found = 0
+    for place in range(0, len(good), len(good) // 150):
+        good[place] ^= 0xFF
+        (tmp_path / "bad.pt").write_bytes(good)
+        good[place] ^= 0xFF
+        try:
+            weights = load_checkpoint(tmp_path / "bad.pt")[0].state_dict()
+        except BadInput:
+            found += 1
+            continue
+        assert all(torch.equal(whole[name], tensor) for name, tensor in weights.items()), place
+    assert found > 75
+
+
+def test_check_tensor():
+    check_tensor("x", torch.ones(2), torch.zeros(2))
+    check_tensor("x", torch.tensor(3), torch.tensor(4))
+    for bad in (torch.ones(3), torch.ones(2).double(), torch.tensor([1.0, float("nan")]), [1.0, 2.0], None):
+        with pytest.raises(BadInput, match="^opt "):
+            check_tensor("opt", bad, torch.zeros(2))

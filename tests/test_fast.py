@@ -1,0 +1,114 @@
+"""Fast paths change no number: compiled blocks, compiled ticks, another layout of the weights."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from baselines import METHODS
+from common import BadInput
+from conftest import said, text
+from conftest import uneven as make
+from fast import compile_ticks, compile_training, compiles, lay_out
+
+
+def test_a_compiler_that_cannot_compile_is_one_line(monkeypatch):
+    def broken(f):
+        def call(*_):
+            raise RuntimeError("backend='inductor' raised:\nCppCompileError: C++ error\n" + "line\n" * 100)
+        return call
+
+    compiles.cache_clear()
+    assert compiles(None, torch.device("cpu")) is False and compiles(False, torch.device("cuda")) is False
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(BadInput, match="--compile=False: .*CppCompileError") as error:
+        compiles(True, torch.device("cpu"))
+    assert len(str(error.value)) < 300
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    assert compiles(True, torch.device("cpu")) is True
+    compiles.cache_clear()
+
+
+def test_compiled_training_changes_no_number_and_is_compiled_once(monkeypatch):
+    model, idx, targets = make(), text(), text(seed=3)
+    model(idx, targets).loss.backward()
+    eager = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    counter = CompileCounterWithBackend("aot_eager")
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: plain(f, backend=counter, **options))
+    compile_training(model)
+    model(idx, targets).loss.backward()
+    for a, p in zip(eager, model.parameters()):
+        torch.testing.assert_close(a, p.grad, atol=1e-5, rtol=1e-4)
+    first = counter.frame_count
+    for T in (11, 23, 39):  # other numbers of live tokens
+        model(idx[:, :T], targets[:, :T]).loss.backward()
+    assert counter.frame_count == first <= 6 and set(model.state_dict()) == set(make().state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_ticks_change_no_number_and_are_compiled_once(method):
+    model = make(method, n_layer=3 if method == "mor" else 1)
+    prompts = [text(1, 40)[0].tolist(), [4], [5, 6]]
+    eager = [said(model, prompts, 40), said(model, prompts[:1], 40)]
+    counter = CompileCounterWithBackend("eager")
+    compile_ticks(model, backend=counter)
+    assert said(model, prompts, 40) == eager[0] and said(model, prompts[:1], 40) == eager[1]
+    frames = counter.frame_count
+    assert said(model, prompts, 40) == eager[0] and said(model, prompts[:1], 40) == eager[1]
+    assert counter.frame_count == frames <= 4 * (3 if method == "mor" else 1)  # one row or several
+    assert (frames > 0) == (method != "pause")  # which feeds several states at once: nothing to compile
+
+
+@torch.no_grad()
+def test_compiled_ticks_go_on_after_a_chunk_and_side_by_side():
+    model, idx = make(), text(1, 13)
+    compile_ticks(model, backend="eager")
+    cache, logits = None, []
+    for part in idx.split([5, 1, 1, 3, 1, 1, 1], 1):
+        out = model(part, cache=cache)
+        cache = out.cache
+        logits.append(out.logits)
+    torch.testing.assert_close(torch.cat(logits, 1), make()(idx).logits, atol=1e-5, rtol=1e-4)
+    alone = [said(model, [prompt], 8)[0] for prompt in ([1, 2, 3], [4])]
+    streams = [model.generate([prompt], 8, temperature=0) for prompt in ([1, 2, 3], [4])]
+    both = list(zip(*streams))
+    for row in (0, 1):
+        assert [pair[row].token.item() for pair in both] == [token for token, _, _ in alone[row]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_layout_gives_the_same_tokens_and_loads_elsewhere(method):
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11]]  # enough rows for another product than one row's
+    model = make(method)
+    before, logits, state = said(model, prompts, 8), model(text()).logits, copy.deepcopy(model.state_dict())
+    lay_out(model)
+    torch.testing.assert_close(model(text()).logits, logits)
+    assert said(model, prompts, 8) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    other = make(method)
+    other.load_state_dict(model.state_dict())
+    assert all(p.is_contiguous() for p in other.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_the_layout_touches(tied):
+    model = make(tie_embeddings=tied)
+    lay_out(model)
+    for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"):
+        assert getattr(model.blocks[0], name).weight.T.is_contiguous()
+    assert model.head.weight.T.is_contiguous() and model.embed.weight.is_contiguous()
+    lay_out(model, torch.bfloat16)
+    assert model.head.weight.dtype is torch.bfloat16 and model.embed.weight.dtype is torch.float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_weights_change_nothing_under_bf16_autocast(method):
+    model = make(method)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits, before = model(text()).logits, said(model, [[1, 2, 3], [4]], 8)
+        lay_out(model, torch.bfloat16)
+        assert torch.equal(model(text()).logits, logits)
+        assert said(model, [[1, 2, 3], [4]], 8) == before
