@@ -33,7 +33,7 @@ from baselines import METHODS
 from common import (BadInput, about, autocast, check_output, configure, load_checkpoint, measure_roof,
                     pick_device, precision, run, table, timed, write_whole)
 from costs import bytes_read, costs, counted, going_on, made_up_steps, make
-from fast import compile_ticks, compile_training, compiles, lay_out
+from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
 from model import AdaptiveLatentCoT, Cache, Config, LLaMA, training_flops
 
 
@@ -165,7 +165,10 @@ class Contestant:
         self.optimizer = twin.optimizer if twin else torch.optim.AdamW(self.model.parameters(), fused=True)
         if not twin:
             lay_out(self.decoder, precision(self.device, bench.dtype))
-        if not twin and compiles(bench.compile, self.device):
+        compiled = compiles(bench.compile, self.device)
+        if not twin and not compiled and self.device.type == "cpu" and bench.dtype != "bfloat16":
+            fuse_norms(self.model)  # as train.py does
+        if not twin and compiled:
             compile_training(self.model)
             compile_training(self.decoder)
             compile_ticks(self.decoder)

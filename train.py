@@ -34,7 +34,7 @@ from tqdm import tqdm
 from baselines import build
 from common import (BadInput, autocast, configure, load_checkpoint, measure_roof, pick_device, precision, run,
                     save_checkpoint, write_whole)
-from fast import compile_training, compiles
+from fast import compile_training, compiles, fuse_norms
 from model import AdaptiveLatentCoT, Config, LLaMA, training_flops
 from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Progress, Stop, add_up, check_finite, check_new, check_resumed,
@@ -191,6 +191,8 @@ def train(config: Train) -> dict:
     model.checkpointing = config.checkpointing
     if compiled:
         compile_training(model)
+    elif device.type == "cpu" and config.dtype != "bfloat16":
+        fuse_norms(model)
 
     # The other processes, and what the machine can do.
     wrapped = distribute(model, device)  # averages gradients over the processes, where there are several

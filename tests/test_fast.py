@@ -10,7 +10,7 @@ from baselines import METHODS
 from common import BadInput
 from conftest import said, text
 from conftest import uneven as make
-from fast import compile_ticks, compile_training, compiles, lay_out
+from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
 
 
 def test_a_compiler_that_cannot_compile_is_one_line(monkeypatch):
@@ -46,6 +46,24 @@ def test_compiled_training_changes_no_number_and_is_compiled_once(monkeypatch):
     for T in (11, 23, 39):  # other numbers of live tokens
         model(idx[:, :T], targets[:, :T]).loss.backward()
     assert counter.frame_count == first <= 6 and set(model.state_dict()) == set(make().state_dict())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fused_norms_change_no_number_but_rounding(method, checkpointing):
+    results = []
+    for fused in (False, True):
+        model = make(method).train()
+        model.checkpointing = checkpointing
+        for module in model.modules():
+            if isinstance(module, torch.nn.RMSNorm):
+                module.weight.data.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(0))
+        if fused:
+            fuse_norms(model)
+        out = model(text(), text(seed=5))
+        out.loss.backward()
+        results.append([out.logits.detach(), out.steps, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("method", METHODS)
