@@ -12,11 +12,8 @@ What is notable here:
 * A run leaves log.jsonl, ckpt.pt, best.pt (of the lowest validation loss) and, at its end, summary.json.
 """
 
-from pathlib import Path
+from common import TINY, answer_help
 
-from common import answer_help
-
-TINY = Path(__file__).parent / "config" / "tiny.py"
 answer_help(__file__, default=TINY)
 
 import contextlib
@@ -25,6 +22,7 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -101,7 +99,8 @@ def router_rate(config: Train) -> float:
 def make_optimizer(model: LLaMA, config: Train) -> torch.optim.AdamW:
     """Groups: matrices, which decay; vectors; the adaptive router, which has a learning rate of its own."""
     named = dict(model.named_parameters())
-    router = [named.pop("router.weight")] if isinstance(model, AdaptiveLatentCoT) else []
+    names = [name for name in named if name.startswith("router.") and name.endswith("weight")]
+    router = [named.pop(name) for name in names] if isinstance(model, AdaptiveLatentCoT) else []
     matrices = [p for p in named.values() if p.dim() >= 2]
     vectors = [p for p in named.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}]
