@@ -179,13 +179,16 @@ def test_a_row_alone_is_the_row_in_any_batch_past_the_end_of_the_context_too(met
     assert backwards == together[::-1]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_full_context_goes_on_from_its_last_half(method):
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "ponder2"])  # exact only in decoding
+@torch.no_grad()
+def test_a_context_is_used_to_its_end_and_goes_on_from_its_last_half(method):
     model = make(method, block_size=16)
-    prompt = text(1, 16)[0].tolist()
-    tokens = [token for token, _, _ in said(model, [prompt], 12)[0]]
-    again = [token for token, _, _ in said(model, [(prompt + tokens[:1])[-8:]], 8)[0]]
-    assert tokens[1:9] == again
+    context = text(1, 12)[0].tolist()
+    for token, _, _ in said(model, [context], 30)[0]:
+        assert token == model(torch.tensor([context])).logits[0, -1].argmax()
+        context.append(token)
+        if len(context) > 16:
+            context = context[-8:]
 
 
 def test_a_long_prompt_keeps_its_end():
