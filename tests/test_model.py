@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import model as model_module
 import reference
 from baselines import METHODS, build
 from conftest import said, text
 from conftest import uneven as make
+from costs import counted
 from log import Cache
 from model import Config, training_flops
 
@@ -270,24 +270,6 @@ def test_no_new_tokens_are_none():
 
 
 # ----------------------------------------------------------------------- 9: FLOPs by formula ≡ FLOPs counted
-
-
-def counted(model, idx, targets):
-    """FLOPs of forward and backward as torch.utils.flop_counter sees them executed."""
-    aten = torch.ops.aten
-
-    def forward(q, k, v, *rest, out_shape=None, **more):
-        return sdpa_flop_count(q, k, v)
-
-    def backward(gradient, q, k, v, *rest, out_shape=None, **more):
-        return sdpa_backward_flop_count(gradient, q, k, v)
-
-    cpu = {aten._scaled_dot_product_flash_attention_for_cpu: forward,
-           aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
-    with FlopCounterMode(display=False, custom_mapping=cpu) as counter:
-        out = model(idx, targets)
-        out.loss.backward()
-    return counter.get_total_flops(), out.steps
 
 
 @pytest.mark.parametrize("method", METHODS)
