@@ -22,7 +22,8 @@ from baselines import METHODS
 from common import load_checkpoint, run
 from conftest import flat
 from prepare import Data
-from train import BudgetController, Train, train
+from schedule import BudgetController
+from train import Train, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(
