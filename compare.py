@@ -1,12 +1,13 @@
 """What a thought buys: every method trained on the same batches from the same seeds, side by side.
 
     python compare.py config/micro.py --seeds=3 --jobs=2 --plot      hours: all tables, and the figure
-    python compare.py config/micro.py --parts rates tokens           two of the tables
+    python compare.py --max_steps=3000 --parts rates tokens --methods vanilla adaptive "no thoughts"
 
 What is notable here:
 * A run is `python train.py …` in a process of its own, `jobs` of them at a time, which share the cores.
 * A run is written to results/ as it ends, and not made again: after an interruption the same command goes on.
 * Each method gets the best of the given learning rates. A run that diverges is a result too: the worst.
+* Two controls stand beside the methods: adaptive without thoughts, and with every step of every token.
 """
 
 from common import TINY, answer_help
@@ -32,7 +33,9 @@ from prepare import Data
 
 TRAIN = Path(__file__).with_name("train.py")
 DIVERGED = 3  # train.py's exit code where a loss or a gradient is not finite
-NO_THOUGHTS = "no thoughts"  # the control: adaptive's embedding scale, but never a latent step
+NO_THOUGHTS = "no thoughts"  # a control: adaptive's embedding scale, but never a latent step
+ALL_STEPS = "all steps"  # another: every token takes every latent step
+KINDS = (*METHODS, NO_THOUGHTS, ALL_STEPS)
 HEAD = "run|tokens|training FLOPs|steps, training|steps, validation|validation loss|bits per byte".split("|")
 FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": ".2f", "val_loss": ".4f",
            "bits_per_byte": ".4f"}
@@ -43,6 +46,7 @@ class Compare(Config):
     vocab_size: int = 0  # rows of the embedding and of the head; 0: the vocabulary of the data
     data: str = "data/python"  # folder that prepare.py wrote
     out: str = "out/tiny"  # the folders of the runs stand in <out>-compare-<max_steps>
+    train_tokens: int = 0  # read only the first so many tokens of the training text, again and again; 0: all
     seed: int = 1337  # of the first run of each kind
     max_steps: int = 1000  # optimizer steps
     global_batch_size: int = 16  # sequences in one optimizer step
@@ -59,11 +63,15 @@ class Compare(Config):
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
     compile: bool | None = None  # torch.compile each block; None: on CUDA only
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
-    methods: list[str] = field(default_factory=list)  # some of vanilla, adaptive, loop, …; none: all
+    methods: list[str] = field(default_factory=list)  # vanilla, …, "no thoughts", "all steps"; none: all
     seeds: int = 1  # runs of each kind, from seed, seed + 1, …
-    parts: list[str] = field(default_factory=lambda: ["rates", "tokens", "flops", "pareto"])  # which tables
+    parts: list[str] = field(default_factory=lambda: ["rates", "tokens", "flops"])  # also pareto, lengths
     rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # each method gets its best
+    rate_steps: int = 0  # optimizer steps of the runs that find it; 0: max_steps
     budgets: list[float] = field(default_factory=list)  # Pareto; none: 0.5, 1, 1.5, 2 up to max_latent
+    ks: list[int] = field(default_factory=list)  # Pareto: latent steps of the rivals; none: 1 to max_latent
+    depths: list[int] = field(default_factory=lambda: [2, 3, 4])  # Pareto: vanilla's layers, times n_layer
+    lengths: list[int] = field(default_factory=list)  # steps of the last table; none: half, and max_steps
     jobs: int = 1  # runs at once, which share the cores
     plot: bool = False  # also draw loss against FLOPs, as SVG and PNG (matplotlib)
     results: str = "results"  # folder for the JSON
@@ -73,8 +81,9 @@ class Compare(Config):
         Config(**shape | {"vocab_size": self.vocab_size or 1})  # its checks
         if self.method != "adaptive":
             raise ValueError(f"--method={self.method} is not read here; name the methods with --methods")
-        self.methods = self.methods or list(METHODS)
-        for name, known in (("methods", METHODS), ("parts", ("rates", "tokens", "flops", "pareto"))):
+        self.methods = self.methods or list(KINDS)
+        parts = "rates", "tokens", "flops", "pareto", "lengths"
+        for name, known in (("methods", KINDS), ("parts", parts)):
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"--{name} holds {value!r}, but must hold some of {', '.join(known)}")
@@ -82,6 +91,8 @@ class Compare(Config):
             if budget > self.max_latent > 0:
                 raise ValueError(f"budget {budget:g} does not lie between 0 and max_latent {self.max_latent}")
         self.budgets = self.budgets or [b for b in (0.5, 1.0, 1.5, 2.0) if b <= self.max_latent]
+        self.ks = self.ks or list(range(1, self.max_latent + 1))
+        self.lengths = self.lengths or [max(1, self.max_steps // 2), self.max_steps]
 
 
 NAMES = [f.name for f in fields(Compare)]
@@ -98,21 +109,30 @@ class Run:
     max_latent: int
     budget: float | None
     tau: float
+    beta: float
     n_layer: int
     max_steps: int
+    train_tokens: int
 
     @property
     def who(self) -> str:
-        return NO_THOUGHTS if self.method == "adaptive" and self.tau == 1 else self.method
+        """The method, or which of the controls it is."""
+        controls = {1.0: NO_THOUGHTS, 0.0: ALL_STEPS} if self.method == "adaptive" else {}
+        return controls.get(self.tau, self.method)
+
+    @property
+    def folder(self) -> str:
+        """A name that no other run has, under any settings."""
+        return "-".join(f"{name}={value}" for name, value in asdict(self).items())
 
 
 def plain_run(who: str, settings: Compare) -> Run:
-    """The first run of a method, or of the control, as the settings have it."""
+    """The first run of a method, or of a control, as the settings have it."""
     plain = Run(**{f.name: getattr(settings, f.name) for f in fields(Run)})
     if who == "adaptive":
         return plain
-    if who == NO_THOUGHTS:
-        return replace(plain, tau=1.0, budget=None)
+    if who in (NO_THOUGHTS, ALL_STEPS):
+        return replace(plain, tau=float(who == NO_THOUGHTS), budget=None)
     return replace(plain, method=who, budget=None, max_latent=1 if who == "ponder2" else settings.max_latent)
 
 
@@ -122,7 +142,7 @@ class Runs:
     def __init__(self, settings: Compare) -> None:
         self.settings = settings
         self.about = about()  # now, as the commit may be another when a run ends
-        free = ("method", "seed", "out", "device", "compile")
+        free = ("out", "device", "compile", *(f.name for f in fields(Run)))
         self.common = {name: getattr(settings, name) for name in TRAINED if name not in free}
         shape = f"{settings.n_layer}x{settings.n_embd}-{settings.max_steps}"
         self.path = Path(settings.results, f"quality-{shape}.json")
@@ -136,9 +156,8 @@ class Runs:
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             theirs, self.fingerprint = stored["settings"], stored.get("fingerprint")
-            for result in stored["runs"].values():
-                plain = asdict(plain_run(result["method"], self.settings))
-                self.finished[Run(**{name: result.get(name, plain[name]) for name in plain})] = result
+            for result in stored["runs"]:
+                self.finished[Run(**{f.name: result[f.name] for f in fields(Run)})] = result
             other = [name for name, ours in self.common.items() if theirs.get(name, ours) != ours]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{self.path} is not of compare.py ({error!r}); want another --results") from None
@@ -148,17 +167,18 @@ class Runs:
     def name(self, run: Run, seed: bool = False) -> str:
         """Its method, where it differs from the plain run of that, its rate, and its seed where wanted."""
         plain = plain_run(run.who, self.settings)
-        could = {"max_steps": f"{run.max_steps} steps", "tau": "all steps",
-                 "budget": "" if run.budget is None else f"budget {run.budget:g}",
-                 "max_latent": f"K = {run.max_latent}", "n_layer": f"{run.n_layer} layers"}
-        own = [word for name, word in could.items() if word and getattr(run, name) != getattr(plain, name)]
+        could = {"max_steps": f"{run.max_steps} steps", "train_tokens": f"{run.train_tokens:,} tokens",
+                 "budget": "no budget" if run.budget is None else f"budget {run.budget:g}",
+                 "max_latent": f"K = {run.max_latent}", "n_layer": f"{run.n_layer} layers",
+                 "tau": f"τ = {run.tau:g}", "beta": f"β = {run.beta:g}"}
+        own = [word for name, word in could.items() if getattr(run, name) != getattr(plain, name)]
         words = [run.who, *own, f"rate {run.learning_rate:g}", f"seed {run.seed}"]
         return ", ".join(words if seed else words[:-1])
 
     def show(self, title: str, kinds: list[Run], seeds: int) -> None:
         """Makes the runs of these kinds that are missing, each with every seed, and prints their table."""
         kinds = list(dict.fromkeys(kinds))
-        self.make([replace(kind, seed=kind.seed + i) for kind in kinds for i in range(seeds)])
+        self.make([replace(kind, seed=kind.seed + i) for i in range(seeds) for kind in kinds])
         rows = [[self.name(kind), *(self.mean(kind, seeds, key) for key in FORMATS)] for kind in kinds]
         print(f"\n{title}\n{table(HEAD, rows)}", flush=True)
 
@@ -179,18 +199,19 @@ class Runs:
         missing = [run for run in wanted if run not in self.finished]
         if not missing:
             return
-        fingerprint = Data(self.settings.data, self.settings.block_size).fingerprint
+        settings = self.settings
+        fingerprint = Data(settings.data, settings.block_size, settings.train_tokens).fingerprint
         if self.finished and self.fingerprint != fingerprint:
             raise BadInput(f"{self.path} holds runs on other data: choose another --results")
         self.fingerprint = fingerprint
         check_output(self.folder / "log.jsonl", "--out", make=True)
-        with ThreadPoolExecutor(self.settings.jobs) as pool:
+        with ThreadPoolExecutor(settings.jobs) as pool:
             results = {pool.submit(self.train, run): run for run in missing}
             try:
                 for count, ended in enumerate(as_completed(results), 1):
                     run = results[ended]
                     self.finished[run] = ended.result() | asdict(run) | self.about
-                    runs = {self.name(run, seed=True): result for run, result in self.finished.items()}
+                    runs = list(self.finished.values())
                     content = {"settings": self.common, "fingerprint": fingerprint, "runs": runs}
                     write_whole(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
                     done = f"{count} of {len(missing)}: {self.name(run, seed=True)}"
@@ -202,7 +223,7 @@ class Runs:
 
     def train(self, run: Run) -> dict:
         """A run's summary, and its curve: (step, FLOPs, validation loss). Raises BadInput where it fails."""
-        out = self.folder / self.name(run, seed=True).replace(", ", "-").replace(" ", "")
+        out = self.folder / run.folder
         often = max(1, run.max_steps // 10)
         values = {name: getattr(self.settings, name) for name in TRAINED} | asdict(run)
         values |= {"out": out, "eval_every": often, "save_every": often, "resume": (out / "ckpt.pt").exists()}
@@ -236,7 +257,7 @@ def plot(runs: Runs, plt) -> None:
     """Validation loss against training FLOPs, a point a run, beside the JSON as SVG and PNG."""
     figure, axes = plt.subplots(figsize=(8, 5))
     good = [(run.who, result) for run, result in runs.finished.items() if result["val_loss"] is not None]
-    for i, who in enumerate((*METHODS, NO_THOUGHTS)):
+    for i, who in enumerate(KINDS):
         points = [(result["flops"], result["val_loss"]) for each, result in good if each == who]
         marker, size = ("*", 11) if who == "adaptive" else ("o", 6)
         if points:
@@ -257,15 +278,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = Runs(settings)
     seeds = settings.seeds
-    control = [NO_THOUGHTS] if "adaptive" in settings.methods else []
-    kinds = {who: plain_run(who, settings) for who in [*settings.methods, *control]}
+    kinds = {who: plain_run(who, settings) for who in settings.methods}
 
     if "rates" in settings.parts:  # each at its own best learning rate, found on the first seed
-        trials = [replace(kind, learning_rate=rate) for rate in settings.rates for kind in kinds.values()]
+        steps = settings.rate_steps or settings.max_steps
+        trials = [replace(kind, learning_rate=rate, max_steps=steps)
+                  for rate in settings.rates for kind in kinds.values()]
         runs.show("Learning rates (first seed):", trials, 1)
         ended = [run for run in trials if runs.finished[run]["val_loss"]]
         ended.sort(key=lambda run: runs.finished[run]["val_loss"], reverse=True)
-        kinds |= {run.who: run for run in ended}  # the last of each is its best
+        for run in ended:  # the last of each is its best
+            kinds[run.who] = replace(kinds[run.who], learning_rate=run.learning_rate)
 
     if "tokens" in settings.parts or "flops" in settings.parts:
         runs.show(f"At equal tokens ({seeds} seeds):", list(kinds.values()), seeds)
@@ -285,12 +308,15 @@ def main() -> None:
         for kind in list(wanted):
             if kind.who == "adaptive":
                 wanted += [replace(kind, budget=budget) for budget in settings.budgets]
-                wanted.append(replace(kind, budget=None, tau=0.0))
             elif kind.who == "vanilla":
-                wanted += [replace(kind, n_layer=kind.n_layer * times) for times in (2, 3, 4)]
+                wanted += [replace(kind, n_layer=kind.n_layer * times) for times in settings.depths]
             else:
-                wanted += [replace(kind, max_latent=k) for k in range(1, settings.max_latent + 1)]
+                wanted += [replace(kind, max_latent=k) for k in settings.ks]
         runs.show("Loss against passes, at equal tokens:", wanted, seeds)
+
+    if "lengths" in settings.parts:
+        wanted = [replace(kind, max_steps=steps) for kind in kinds.values() for steps in settings.lengths]
+        runs.show("Loss against the length of the training:", wanted, seeds)
 
     if settings.plot:
         plot(runs, plt)

@@ -26,18 +26,19 @@ _FIELDS = {  # range → fields of any script that must lie in it, each item of 
     "in (0, 1)": "val_fraction",
     "in (0, 10]": "init_std",
     "in (0, inf)": "learning_rate rates rope_theta",
+    "0 or in [2, 1e15]": "train_tokens",
     "in [0, inf)": "lam beta budget budgets weight_decay grad_clip mean_latent",
     "in [-100, 100]": "router_bias",
     "0 or in [0.001, 100]": "temperature",
-    "in [0, 1000]": "max_latent num_fewshot",
+    "in [0, 1000]": "max_latent num_fewshot ks",
     "in [0, 4294967295]": "seed",
-    "in [1, 1000]": "n_layer jobs",
+    "in [1, 1000]": "n_layer jobs depths",
     "in [1, 1048576]": "block_size n_head n_embd n_ff",
     "in [16, 1048576]": "contexts",
     "in [2, 1e9]": "max_tokens",
-    "in [0, 1e9]": "vocab_size n_kv_head micro_batch_size top_k keep_every",
+    "in [0, 1e9]": "vocab_size n_kv_head micro_batch_size top_k keep_every rate_steps",
     "in [1, 1e9]": "max_steps global_batch_size eval_every eval_windows save_every log_every rounds seeds "
-                   "stride batch batch_size limit max_new_tokens num_samples",
+                   "lengths stride batch batch_size limit max_new_tokens num_samples",
     "not empty": "input text out data run results tokenizer key",
 }
 RANGES = {name: text for text, names in _FIELDS.items() for name in names.split()}

@@ -325,10 +325,11 @@ def is_prepared(folder: Path, wanted: dict) -> bool:
 class Data:
     """The tokens of a prepared folder, mapped into memory. Raises BadInput where it is damaged or too short.
 
-    tokens: those of "train" and of "val". fingerprint: another text or tokenizer has another.
+    tokens: those of "train", or the first train_tokens of them, and of "val". fingerprint: another text or
+    tokenizer has another.
     """
 
-    def __init__(self, folder: str, block_size: int) -> None:
+    def __init__(self, folder: str, block_size: int, train_tokens: int = 0) -> None:
         self.folder = Path(folder)
         self.block_size = block_size
         if not self.folder.is_dir():
@@ -342,6 +343,11 @@ class Data:
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {error}"
             raise BadInput(f"{folder} is damaged, or not a folder of prepare.py ({what})") from None
+        if train_tokens > len(self.tokens["train"]):
+            raise BadInput(f"{folder}/train.bin has {len(self.tokens['train'])} tokens, fewer than "
+                           f"--train_tokens={train_tokens}")
+        if train_tokens:
+            self.tokens["train"] = self.tokens["train"][:train_tokens]
         for split, tokens in self.tokens.items():
             if len(tokens) <= block_size:
                 raise BadInput(f"{folder}/{split}.bin has {len(tokens)} tokens, a window {block_size + 1}: a "

@@ -45,6 +45,7 @@ class Train(Config):
     vocab_size: int = 0  # rows of the embedding and of the head; 0: the vocabulary of the data
     data: str = "data/python"  # folder that prepare.py wrote
     out: str = "out/tiny"  # folder of this run
+    train_tokens: int = 0  # read only the first so many tokens of the training text, again and again; 0: all
     resume: bool = False  # go on with the run in out
     seed: int = 1337  # of the weights and of the batches
     max_steps: int = 1000  # optimizer steps
@@ -86,7 +87,7 @@ def train(config: Train) -> dict:
     device = pick_device(config.device, LOCAL_RANK)
     precision(device, config.dtype)  # its checks
     compiled = compiles(config.compile, device)
-    data = Data(config.data, config.block_size)
+    data = Data(config.data, config.block_size, config.train_tokens)
     check_new(config, data)
     share = config.global_batch_size // WORLD  # sequences of a process in one step
     micro = min(config.micro_batch_size or share, share)  # and in one forward

@@ -15,8 +15,7 @@ import pytest
 
 import compare
 import prepare
-from baselines import METHODS
-from compare import TRAINED, Compare, Run, plain_run
+from compare import KINDS, TRAINED, Compare, Run, plain_run
 from train import Train
 
 ROOT = Path(__file__).parent.parent
@@ -102,20 +101,21 @@ def rows(out, title):
 
 def test_the_real_train_py(call, data, tmp_path):
     """Trains with train.py itself, once at a rate that diverges, and reads everything back without it."""
-    arguments = [*flags(tmp_path, max_steps=3), "--methods", "adaptive", "--rates", "2e-3", "1e30"]
+    arguments = [*flags(tmp_path, max_steps=3), "--methods", "adaptive", "no thoughts", "--rates", "2e-3",
+                 "1e30"]
     arguments += ["--parts", "rates", "--jobs=2"]
     first, _ = call("compare", *arguments)
     path = tmp_path / "results" / "quality-3x16-3.json"
     runs = json.loads(path.read_text())["runs"]
-    assert len(runs) == 4 and {run["method"] for run in runs.values()} == {"adaptive"}
-    for name, run in runs.items():
+    assert len(runs) == 4 and {run["method"] for run in runs} == {"adaptive"}
+    for run in runs:
         if run["learning_rate"] == 1e30:
             assert run["val_loss"] is run["flops"] is None
             continue
         assert run["val_loss"] > 0 and run["tokens"] == 3 * 2 * 16 and run["seed"] == 1337 and "commit" in run
         assert [step for step, _, _ in run["curve"]] == [1, 2, 3]
         assert run["curve"][-1][1:] == [run["flops"], run["val_loss"]]
-        assert run["train_steps"] == 0 if name.startswith("no thoughts") else 0 < run["train_steps"] <= 2
+        assert run["train_steps"] == 0 if run["tau"] == 1 else 0 < run["train_steps"] <= 2
     assert [row[5] for row in rows(first, "Learning rates")][2:] == ["1 of 1 diverged"] * 2
     assert not list((tmp_path / "out-compare-3").rglob("*.tmp"))
     shutil.rmtree(tmp_path / "out-compare-3")
@@ -134,8 +134,9 @@ def test_every_setting_of_train_py_is_known_and_has_its_default():
 
 
 def test_all_tables(compared, tmp_path):
-    out = compared("--rates", "1e-3", "2e-3", "--seeds=2")
-    everyone = [*METHODS, "no thoughts"]
+    parts = "rates", "tokens", "flops", "pareto", "lengths"
+    out = compared("--rates", "1e-3", "2e-3", "--seeds=2", "--parts", *parts)
+    everyone = list(KINDS)
     rates = rows(out, "Learning rates (first seed):")
     assert [row[0] for row in rates] == [f"{who}, rate {rate}" for rate in (0.001, 0.002) for who in everyone]
     tokens = rows(out, "At equal tokens (2 seeds):")
@@ -145,11 +146,11 @@ def test_all_tables(compared, tmp_path):
     assert [row[0] for row in equal[:2]] == ["vanilla, 60 steps, rate 0.002", "adaptive, rate 0.002"]
     assert {row[2] for row in equal} == {"6.000e+07"}
     pareto = [row[0] for row in rows(out, "Loss against passes, at equal tokens:")]
-    assert pareto == [f"{who}, rate 0.002" for who in METHODS if who != "mor"] + [
+    assert pareto == [f"{who}, rate 0.002" for who in KINDS if who not in ("mor", "no thoughts")] + [
         "vanilla, 6 layers, rate 0.002", "vanilla, 9 layers, rate 0.002", "vanilla, 12 layers, rate 0.002",
         *(f"adaptive, budget {budget}, rate 0.002" for budget in ("0.5", "1", "1.5", "2")),
-        "adaptive, all steps, rate 0.002", "loop, K = 1, rate 0.002", "pause, K = 1, rate 0.002",
-        "ponder, K = 1, rate 0.002", "ponder2, K = 2, rate 0.002"]
+        "loop, K = 1, rate 0.002", "pause, K = 1, rate 0.002", "ponder, K = 1, rate 0.002",
+        "ponder2, K = 2, rate 0.002", "all steps, K = 1, rate 0.002"]
     made = calls(tmp_path)
     assert len(made) == len(stored(tmp_path)["runs"]) == len({tuple(sorted(each.items())) for each in made})
     plain = next(each for each in made if each["method"] == "vanilla" and each["seed"] == "1338")
@@ -167,8 +168,7 @@ def test_finished_runs_are_read_back(compared, tmp_path):
     assert again == re.sub(r"(?m)^\d+ of .*\n", "", first)
     compared(*arguments, "--seeds=2")
     assert 0 < len(calls(tmp_path)) - made < made, "only what the second seed wants is new"
-    for run in kept["runs"]:
-        assert stored(tmp_path)["runs"][run] == kept["runs"][run]
+    assert stored(tmp_path)["runs"][: len(kept["runs"])] == kept["runs"]
 
 
 def test_a_run_that_diverges_is_a_result(compared, tmp_path):
@@ -179,7 +179,8 @@ def test_a_run_that_diverges_is_a_result(compared, tmp_path):
     assert rates[0][1:] == ["–", "–", "0.00", "–", "1 of 1 diverged", "–"] and rates[2][5] == "3.0134"
     assert [row[0] for row in rows(out, "At equal tokens")] == ["vanilla, rate 0.002", "loop, rate 0.002"]
     text = (tmp_path / "results" / "quality-3x16-20.json").read_text()
-    run = json.loads(text, parse_constant=pytest.fail)["runs"]["vanilla, rate 0.5, seed 1337"]
+    run = json.loads(text, parse_constant=pytest.fail)["runs"][0]
+    assert run["method"] == "vanilla" and run["learning_rate"] == 0.5
     assert run["val_loss"] is None and run["curve"] == []
     made = len(calls(tmp_path))
     compared("--rates", "0.5", "2e-3", "--methods", "vanilla", "loop", "--parts", "rates", "tokens")
@@ -200,7 +201,7 @@ def test_other_settings_are_refused(compared, tmp_path):
     arguments = ["--methods", "vanilla", "--parts", "tokens"]
     compared(*arguments)
     before, made = stored(tmp_path), len(calls(tmp_path))
-    for name, value in (("weight_decay", 0.5), ("budget", 0.7), ("block_size", 12), ("dtype", "bfloat16")):
+    for name, value in (("weight_decay", 0.5), ("block_size", 12), ("dtype", "bfloat16")):
         assert name in compared(*arguments, f"--{name}={value}", code=2)
     assert stored(tmp_path) == before and len(calls(tmp_path)) == made
     for name, value in (("device", "cpu"), ("compile", "False"), ("jobs", 2), ("seed", 1337)):
@@ -230,16 +231,17 @@ def test_what_is_in_results_reads_as_ever(call, tmp_path, monkeypatch):
     shutil.copy(ROOT / "results" / "quality-3x64-400.json", tmp_path / "results")
     before = (tmp_path / "results" / "quality-3x64-400.json").read_bytes()
     monkeypatch.chdir(tmp_path)
-    out, _ = call("compare", ROOT / "config" / "micro.py", "--seeds=3")
+    methods = [who for who in KINDS if who != "all steps"]
+    arguments = ["--seeds=3", "--parts", "rates", "tokens", "flops", "pareto", "--methods", *methods]
+    out, _ = call("compare", ROOT / "config" / "micro.py", *arguments)
     vanilla = ["vanilla, rate 0.006", "819,200", "1.091e+12", "0.00", "0.00", "1.7858 ± 0.0129", "2.5765"]
     assert vanilla in rows(out, "At equal tokens")
     assert "mor, 1072 steps, rate 0.006" in [row[0] for row in rows(out, "At equal training FLOPs")]
     assert rows(out, "Loss against passes")[-1][0] == "ponder2, K = 3, rate 0.012"
     assert (tmp_path / "results" / "quality-3x64-400.json").read_bytes() == before
-    names = json.loads(before)["runs"]
+    runs = json.loads(before)["runs"]
     settings = compare.configure(Compare, [str(ROOT / "config" / "micro.py")], also="train.py")
-    runs = compare.Runs(settings)
-    assert [runs.name(run, seed=True) for run in runs.finished] == list(names), "each run keeps its name"
+    assert list(compare.Runs(settings).finished.values()) == runs, "each is another run"
 
 
 def test_jobs_share_the_cores(compared, tmp_path, monkeypatch):
@@ -287,7 +289,7 @@ def test_a_run_that_fails_ends_the_sweep_with_its_last_line(compared, tmp_path):
     assert "mor, rate 0.004, seed 1337" in err and "RuntimeError: mor fell over" in err
     said = Path(re.search(r"\S+\.stderr", err).group())
     assert "Traceback" in said.read_text()
-    assert list(stored(tmp_path)["runs"]) == ["vanilla, rate 0.004, seed 1337"]
+    assert [run["method"] for run in stored(tmp_path)["runs"]] == ["vanilla"]
 
 
 def test_the_figure(compared, tmp_path):
@@ -351,7 +353,9 @@ def test_default_budgets_fit_max_latent():
 def test_runs_are_keyed_by_what_they_are():
     settings = Compare(learning_rate=2e-3, budget=1.0, tau=0.2)
     adaptive, control = plain_run("adaptive", settings), plain_run("no thoughts", settings)
-    assert adaptive == Run("adaptive", 2e-3, 1337, 3, 1.0, 0.2, 4, 1000) and adaptive.who == "adaptive"
-    assert control == Run("adaptive", 2e-3, 1337, 3, None, 1.0, 4, 1000) and control.who == "no thoughts"
+    assert adaptive == Run("adaptive", 2e-3, 1337, 3, 1.0, 0.2, 1.0, 4, 1000, 0)
+    assert adaptive.who == "adaptive"
+    assert control == Run("adaptive", 2e-3, 1337, 3, None, 1.0, 1.0, 4, 1000, 0)
+    assert control.who == "no thoughts" and plain_run("all steps", settings).who == "all steps"
     assert plain_run("ponder2", settings).max_latent == 1 and plain_run("loop", settings).budget is None
     assert len({adaptive, control, plain_run("adaptive", settings)}) == 2
