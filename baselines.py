@@ -13,12 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from log import Cache, States
-from model import AdaptiveLatentCoT, Config, LLaMA
-
-
-def constant(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Executed and expected latent steps (N,) of a method that gives every token the same."""
-    return (torch.full((len(x),), float(steps), device=x.device),) * 2
+from model import AdaptiveLatentCoT, Config, LLaMA, constant
 
 
 def interleave(states: States, n: int, of: int) -> States:
@@ -173,7 +168,8 @@ class MoR(LLaMA):
                 break
             h, index = F.embedding(chosen, h), index[chosen]
         last = self.one_pass(done, states, cache.logs[n + 1], layers[-1:])
-        return self.norm(last), depth.float(), depth.float()
+        reach = torch.arange(n - 1, device=x.device) < depth[:, None]
+        return self.norm(last), depth.float(), reach.float()
 
     def loss(self, nats: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _, ce, _ = super().loss(nats, targets, expected)

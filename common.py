@@ -190,7 +190,8 @@ def save_checkpoint(path: str | Path, model, tokenizer, **rest) -> None:
     for name, tensor in weights.items():
         check_tensor(f"{path} is not written: {name}", tensor, tensor)
     ranks = torch.frombuffer(bytearray(ranks_to_text(tokenizer)), dtype=torch.uint8)
-    about_model = {"format": FORMAT, "config": asdict(model.config), "model": weights}
+    config = asdict(model.config) | {"tau": model.tau}  # which a budget has moved
+    about_model = {"format": FORMAT, "config": config, "model": weights}
     with whole(path) as file:
         torch.save(about_model | {"tokenizer": describe(tokenizer), "ranks": ranks} | rest, file)
 

@@ -57,7 +57,7 @@ class Compare(Config):
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
-    budget: float | None = None  # mean latent steps per token that adaptive aims for; None: λ stays at lam
+    budget: float | None = None  # mean latent steps per token of adaptive, met by moving τ; None: τ stays
     eval_windows: int = 128  # windows of validation text, the same for every run
     device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well

@@ -31,7 +31,9 @@ def compile_training(model) -> None:
 
 
 def fuse_norms(model) -> None:
-    """Gives RMSNorm, of which a CPU has no fused kernel, a backward of its own: fewer walks through memory."""
+    """Gives RMSNorm, of which a CPU has no fused kernel, a backward of its own: fewer walks through
+    memory.
+    """
     import torch
 
     class Norm(torch.autograd.Function):

@@ -45,7 +45,7 @@ class Config:
     norm_eps: float = 1e-5  # RMSNorm
     init_std: float = 0.02  # standard deviation of every weight matrix at the start
     max_latent: int = 3  # ℓ_max (adaptive), K (the baselines): most latent steps of a token
-    tau: float = 0.1  # τ: a step is executed while its reach is at least this
+    tau: float = 0.1  # τ: a step is executed while its reach is at least this; a budget moves it in training
     lam: float = 0.0  # λ: weight of the adaptive loss
     beta: float = 1.0  # β: exponent of the correctness weight q^β
     router_bias: float = 2.0  # b at the start: reach 0.88, 0.78, 0.68, so that steps are learnt before pruned
@@ -65,14 +65,15 @@ class Config:
 
 @dataclass
 class Output:
-    """What a forward returns; steps and expected_steps are 0 where no token is."""
+    """What a forward returns; steps, reach and expected_steps are 0 where no token is."""
 
     logits: Tensor | None  # (B, T, V); None: too many to keep, the loss was taken chunk by chunk
     loss: Tensor | None  # ce + λ · ada (§4)
     ce: Tensor | None  # mean cross-entropy, nats per token
     ada: Tensor | None  # mean of q^β · Σ_k r[t,k] (§4)
     steps: Tensor  # (B, T) executed latent steps
-    expected_steps: Tensor  # (B, T) Σ_{k≥1} r[t,k], differentiable
+    reach: Tensor  # (B, T, ℓ_max) r[t,k], k ≥ 1, of steps taken and of the first one refused; 0 beyond
+    expected_steps: Tensor  # (B, T) Σ_{k≥1} r[t,k] of the steps taken, differentiable
     cache: "Cache"
 
 
@@ -171,12 +172,12 @@ class LLaMA(nn.Module):
         return x
 
     def think(self, x: Tensor, states: States, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, d), scaled embeddings → what the head reads (N, d), executed and expected steps (N,)."""
-        none = x.new_zeros(len(x), dtype=torch.float32)
-        return self.norm(self.one_pass(x, states, cache.logs[0])), none, none
+        """x (N, d), scaled embeddings → what the head reads (N, d), executed steps (N,), reach (N, ℓ_max)."""
+        return self.norm(self.one_pass(x, states, cache.logs[0])), *constant(x, 0)
 
     def hidden(self, idx: Tensor, cache: Cache, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """All but the head: idx (B, T) → h̄ (N, d), executed and expected steps (N,) of the N live tokens."""
+        """All but the head: idx (B, T) → h̄ (N, d), executed steps (N,), reach (N, ℓ_max) of the live tokens.
+        """
         T, context = idx.size(1), self.config.block_size
         if cache.length + T > context:
             raise ValueError(f"{cache.length} + {T} tokens exceed the context, block_size {context}")
@@ -190,7 +191,8 @@ class LLaMA(nn.Module):
         live (B, T) is false on padding, which may stand anywhere. Raises ValueError past block_size.
         """
         cache = Cache() if cache is None else cache
-        h, steps, expected = self.hidden(idx, cache, live)
+        h, steps, reach = self.hidden(idx, cache, live)
+        expected = expected_steps(reach, steps)
         logits = loss = ce = ada = None
         if targets is None or len(h) * self.config.vocab_size <= CHUNK:
             logits = self.head(h)
@@ -199,7 +201,8 @@ class LLaMA(nn.Module):
             nats = self.nats(h, targets) if logits is None else nats_of(logits, targets)
             loss, ce, ada = self.loss(nats, targets, expected)
         logits = None if logits is None else spread(logits, idx, live)
-        return Output(logits, loss, ce, ada, spread(steps, idx, live), spread(expected, idx, live), cache)
+        steps, reach, expected = (spread(each, idx, live) for each in (steps, reach, expected))
+        return Output(logits, loss, ce, ada, steps, reach, expected, cache)
 
     def nats(self, h: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy (N,), the logits made chunk by chunk, and again in the backward pass."""
@@ -258,7 +261,8 @@ class LLaMA(nn.Module):
         and expected steps (B,), and the next x of the rows that think on (B, d).
         """
         states = States.tick(cache.at["pos"], torch.zeros_like(cache.at["pos"]))
-        return states.column == 0, *self.think(x, states, cache), x
+        h, steps, reach = self.think(x, states, cache)
+        return states.column == 0, h, steps, expected_steps(reach, steps), x
 
     @torch.no_grad()
     def generate(self, prompts: Tensor | list[list[int]], max_new_tokens: int, temperature: float = 1.0,
@@ -330,6 +334,18 @@ def nats_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
 
 
+def constant(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Executed steps (N,) and reach (N, k) where each of the N tokens takes k steps."""
+    reach = torch.ones(len(x), k, device=x.device)
+    return reach.sum(1), reach
+
+
+def expected_steps(reach: Tensor, steps: Tensor) -> Tensor:
+    """Σ_{k≥1} r[t,k] of the executed steps: reach (N, ℓ_max) and steps (N,) → (N,)."""
+    taken = torch.arange(reach.size(1), device=reach.device) < steps[:, None]
+    return (reach * taken).sum(1)
+
+
 def training_flops(products: float, attention: float) -> float:
     """Forward and backward: a matrix product's backward is two of its kind, fused attention's is 2.5."""
     return 3 * products + 3.5 * attention
@@ -342,28 +358,31 @@ class AdaptiveLatentCoT(LLaMA):
         super().__init__(config)
         self.scale = math.sqrt(2.5 * config.n_embd) if config.max_latent else 1.0
         self.router = nn.Linear(config.n_embd, 1)
-        nn.init.zeros_(self.router.weight)
+        nn.init.normal_(self.router.weight, std=0.02)  # not zero: tokens must differ for τ to part them
         nn.init.constant_(self.router.bias, config.router_bias)
 
     def onward(self, h: Tensor, reach: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        """h[t,k] (n, d), r[t,k] and k (n,) → r[t,k+1], 0 for tokens that halt, and which go on (n,) (§3)."""
+        """h[t,k] (n, d), r[t,k] and k (n,) → r[t,k+1] and which tokens go on, both (n,) (§3)."""
         with torch.autocast(h.device.type, enabled=False):
             gate = torch.sigmoid(self.router(h.float())).squeeze(1)  # g[t,k]
         live = (reach * gate >= self.tau) & (column < self.max_latent)
-        return (reach * gate).where(live, 0), live
+        return reach * gate, live
 
     def think(self, x: Tensor, states: States, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         z = x  # z[t,k] (n, d) of the tokens that are live
         index = torch.arange(len(x), device=x.device)  # which of the N they are
         reach = torch.ones(len(x), device=x.device)  # r[t,k]
         mixture = torch.zeros(x.shape, device=x.device)  # h̄[t]
-        steps, expected = torch.zeros_like(reach), torch.zeros_like(reach)
+        steps = torch.zeros_like(reach)
+        asked = []  # r[t,k] of all N tokens, for each k ≥ 1
         for k in range(self.max_latent + 1):
             h = self.norm(self.one_pass(z, states, cache.logs[0]))  # h[t,k] (n, d)
-            onward, live = self.onward(h, reach, states.column)
+            wanted, live = self.onward(h, reach, states.column)
+            onward = wanted.where(live, 0)
             mixture.index_add_(0, index, (reach - onward)[:, None] * h.float())  # h̄ += p[t,k] h[t,k]
             if k == self.max_latent:
                 break
+            asked.append(torch.zeros_like(steps).index_copy(0, index, wanted))
             states, chosen = states.select(live)
             if len(chosen) == 0:
                 break
@@ -371,8 +390,8 @@ class AdaptiveLatentCoT(LLaMA):
             z = F.embedding(chosen, h)  # z[t,k+1] = h[t,k]
             reach, index = onward[chosen], index[chosen]
             steps.index_add_(0, index, torch.ones_like(reach))
-            expected = expected.index_add(0, index, reach)
-        return mixture, steps, expected
+        asked += [torch.zeros_like(steps)] * (self.max_latent - len(asked))
+        return mixture, steps, torch.stack(asked, 1) if asked else mixture[:, :0]
 
     def tick(self, x: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         at, zero = cache.at, torch.zeros(len(x), device=x.device)
@@ -381,7 +400,8 @@ class AdaptiveLatentCoT(LLaMA):
         mixture = at.get("mixture", torch.zeros(x.shape, device=x.device))
         states = States.tick(at["pos"], column, self.max_latent)
         h = self.norm(self.one_pass(x, states, cache.logs[0]))
-        onward, live = self.onward(h, reach, column)
+        wanted, live = self.onward(h, reach, column)
+        onward = wanted.where(live, 0)
         mixture = mixture + (reach - onward)[:, None] * h.float()
         at["column"] = (column + 1) * live  # a row that speaks begins its next token
         at["reach"] = onward.where(live, 1)

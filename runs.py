@@ -44,12 +44,11 @@ class Progress:
 
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # that they took
-    lam: float = 0.0  # λ of the next step
     products: int = 0  # FLOPs of their forwards in matrix products: exact, all processes together
     attention: int = 0  # the same in attention
     best: float = math.inf  # lowest validation loss
     result: dict = field(default_factory=dict)  # the last evaluation
-    controller: tuple | None = None  # what the BudgetController remembers
+    threshold: tuple | None = None  # what the BudgetController remembers
     log: tuple = (0, "")  # length and checksum of log.jsonl
 
 
@@ -95,12 +94,15 @@ def exact(device: torch.device) -> torch.device:
     return device if device.type == "cuda" else torch.device("cpu")
 
 
-def add_up(sums: dict[str, Tensor], device: torch.device) -> dict[str, float]:
-    """Each named 0-dim tensor summed over the processes: one all-reduce, and one wait for the device."""
-    total = torch.stack([value.to(exact(device)).double() for value in sums.values()])
+def add_up(sums: dict[str, Tensor], device: torch.device) -> dict[str, float | Tensor]:
+    """Each named tensor summed over the processes, 0-dim ones as a float: one all-reduce, one wait for the
+    device.
+    """
+    total = torch.cat([value.to(exact(device)).double().flatten() for value in sums.values()])
     if WORLD > 1:
         dist.all_reduce(total)
-    return dict(zip(sums, total.tolist()))
+    parts = total.cpu().split([value.numel() for value in sums.values()])
+    return {name: part if sums[name].dim() else part.item() for name, part in zip(sums, parts)}
 
 
 @torch.no_grad()

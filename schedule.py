@@ -6,6 +6,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from model import AdaptiveLatentCoT, LLaMA
 
@@ -39,32 +40,44 @@ def make_optimizer(model: LLaMA, config) -> torch.optim.AdamW:
 
 
 class BudgetController:
-    """Steers λ so that the mean of executed latent steps lands on the budget: proportional, integral, damped.
+    """Moves the threshold τ so that the mean of executed latent steps is the budget.
 
-    The aim falls from ℓ_max to the budget over the first half of training: λ rises from 0, and every step is
-    learnt before any is pruned. e = (mean + trend) / aim − 1, within ±1, where mean is a running mean (0.9)
-    of executed steps and trend how far it has moved from a slow one; λ = kp · e + I, I += ki · e / max_steps,
-    both at least 0. The trend is what damps: a step that was pruned gives its router no more gradient, so
-    too much pruning is slow to undo. All times but the running mean's are shares of the training, and so is
-    router_rate: the loop is much the same for every length.
+    After every step of training it looks at the reach that all tokens had, of the steps they took and of the
+    first that they were refused: τ*, the threshold that as many of these pass as the budget allows. τ follows
+    τ* in logits, as a level with a trend (Holt), so that it does not lag where all reach drifts. So the
+    budget is met from the first steps on, in short runs as in long ones, whatever the scale of reach, and
+    nothing is ever pruned for good: what the router learns is the order of the tokens alone.
     """
 
-    kp = 0.3
-    ki = 6.0
+    rate = 0.4  # of the level; that of the trend damps critically
+    span = 12.0  # logits of reach beyond it are counted with it
+    bins = 2400
 
-    def __init__(self, budget: float, most: int, max_steps: int) -> None:
+    def __init__(self, budget: float) -> None:
         self.budget = budget
-        self.most = most
-        self.max_steps = max_steps
-        self.state = (float(most), float(most), 0.0)  # running mean, slow mean, integral
+        self.state = None  # logit of τ, and its change in a step; None: before the first step of training
 
-    def update(self, step: int, steps: float) -> float:
-        """Mean executed latent steps of optimizer step `step` → λ of the next."""
-        mean, slow, integral = self.state
-        mean += 0.1 * (steps - mean)
-        slow += (mean - slow) / max(10, 0.08 * self.max_steps)
-        aim = self.budget + (self.most - self.budget) * max(0.0, 1 - step / (0.5 * self.max_steps))
-        error = max(-1.0, min(1.0, (2 * mean - slow) / max(aim, 0.01) - 1))
-        integral = max(0.0, integral + self.ki / self.max_steps * error)
-        self.state = (mean, slow, integral)
-        return max(0.0, self.kp * error + integral)
+    def count(self, reach: Tensor) -> Tensor:
+        """A histogram of the logits of reach (…, ℓ_max) as an Output has it: (bins,), to be summed over
+        micro-batches and processes.
+        """
+        logits = torch.logit(reach[reach > 0].float()).clamp(-self.span, self.span)
+        return torch.histc(logits, self.bins, -self.span, self.span)
+
+    def update(self, counts: Tensor, tokens: int) -> float:
+        """What `count` found among so many tokens → τ of the next step."""
+        counts = counts.flip(0)  # the highest first
+        above = counts.cumsum(0)  # at the lower end of each bin
+        wanted = self.budget * tokens
+        width = 2 * self.span / self.bins
+        i = int(torch.searchsorted(above, wanted, right=True))
+        if i < self.bins:
+            aim = self.span - width * (i + float(1 - (above[i] - wanted) / counts[i]))
+        else:  # even all that were asked for are no more: below the lowest
+            aim = self.span - width * (int(counts.nonzero()[-1]) + 1) - 1
+        level, trend = self.state or (aim, 0.0)
+        error = aim - (level + trend)
+        trend += self.rate**2 / 4 * error
+        level += trend + self.rate * error
+        self.state = (level, trend)
+        return 1 / (1 + math.exp(-level))

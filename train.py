@@ -7,7 +7,7 @@
 What is notable here:
 * A batch is a function of (seed, step), and each process takes its slice of it: any number of processes sees
   the same tokens. With --resume a run that was killed goes on bit for bit, and needs no data state.
-* `budget` is the mean number of latent steps per token to aim for: λ is steered so that training lands there.
+* `budget` is the mean number of latent steps per token: the threshold τ moves so that it is met throughout.
 * FLOPs are those of the executed steps, halted tokens really absent; MFU is against a roof measured before.
 * A run leaves log.jsonl, ckpt.pt, best.pt (of the lowest validation loss) and, at its end, summary.json.
 """
@@ -57,7 +57,7 @@ class Train(Config):
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
-    budget: float | None = None  # mean latent steps per token to aim for by steering λ; None: λ stays at lam
+    budget: float | None = None  # mean latent steps per token, met by moving τ; None: τ stays
     eval_every: int = 100  # steps between evaluations
     eval_windows: int = 128  # windows of validation text, the same for every method and seed
     save_every: int = 100  # steps between checkpoints
@@ -102,11 +102,8 @@ def train(config: Train) -> dict:
     torch.backends.cuda.matmul.allow_tf32 = True
     model = build(config.model_config(config.vocab_size or data.tokenizer.n_vocab)).to(device)
     optimizer = make_optimizer(model, config)
-    at = Progress(lam=float(config.lam))
-    controller = None
-    if config.budget is not None:
-        controller = BudgetController(config.budget, config.max_latent, config.max_steps)
-        at.controller = controller.state
+    at = Progress()
+    controller = None if config.budget is None else BudgetController(config.budget)
     if config.resume:
         saved, _, checkpoint = load_checkpoint(path)
         check_resumed(config, checkpoint, data, optimizer)
@@ -114,7 +111,8 @@ def train(config: Train) -> dict:
         optimizer.load_state_dict(checkpoint["optimizer"])
         at = Progress(**{name: checkpoint[name] for name in asdict(at)})
         if controller:
-            controller.state = at.controller
+            controller.state = at.threshold
+        model.tau = saved.tau
         if RANK == 0:
             cut_log(log, *at.log)
         old = learning_rate(replace(config, max_steps=checkpoint["train"]["max_steps"]), at.step)
@@ -122,7 +120,6 @@ def train(config: Train) -> dict:
         if old != new:
             say(f"max_steps is another, so the learning rate jumps from {old:.2e} to {new:.2e}")
         del saved, checkpoint  # as large as the model and its optimizer
-    model.lam = at.lam
     model.checkpointing = config.checkpointing
     if compiled:
         compile_training(model)
@@ -193,6 +190,7 @@ def train(config: Train) -> dict:
         # Forward and backward, in micro-batches.
         sums = {"loss": 0.0, "ce": 0.0, "ada": 0.0}
         executed = []
+        asked = torch.zeros(BudgetController.bins)  # the reach of all tokens, counted
         first = RANK * share
         for i in range(first, first + share, micro):
             x, y = data.batch(config.seed, step, config.global_batch_size, slice(i, i + micro))
@@ -204,6 +202,8 @@ def train(config: Train) -> dict:
             for name in sums:
                 sums[name] += getattr(o, name).detach() * micro / config.global_batch_size
             executed.append(o.steps.detach())
+            if controller:
+                asked = asked.to(device) + controller.count(o.reach.detach())
             del o  # or its cache, the keys and values of this forward, would outlive the next one
 
         # Metrics, by name.
@@ -211,25 +211,26 @@ def train(config: Train) -> dict:
         sums["products"], sums["attention"] = model.flops(steps)
         for k in range(1, config.max_latent + 1):
             sums[f"reached {k}"] = (steps >= k).sum()
+        sums["asked"] = asked
         sums["stop"] = steps.new_tensor(stop.asked)
         metrics = add_up(sums, device)
+        asked = metrics.pop("asked")
         metrics["grad_norm"] = clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
         check_finite(metrics, step + 1, path)
         reached = [metrics[f"reached {k}"] / step_tokens for k in range(1, config.max_latent + 1)]
         latent = sum(reached)
         stopping = metrics["stop"] > 0
 
-        # Step, and steer λ.
+        # Step, and steer τ.
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        lam = model.lam
+        tau = model.tau
         if controller:
-            model.lam = controller.update(step, latent)
-            at.controller = controller.state
+            model.tau = controller.update(asked, step_tokens)
+            at.threshold = controller.state
         took = time.perf_counter() - began
         at.step = step + 1
         at.seconds += took
-        at.lam = model.lam
         at.products += int(metrics["products"])
         at.attention += int(metrics["attention"])
 
@@ -239,10 +240,10 @@ def train(config: Train) -> dict:
             mfu = training_flops(metrics["products"], metrics["attention"]) / took / roof
             write_log(log, {
                 "step": at.step, "tokens": at.step * step_tokens, "loss": metrics["loss"],
-                "ce": metrics["ce"], "ada": metrics["ada"], "lam": lam, "latent_steps": latent,
+                "ce": metrics["ce"], "ada": metrics["ada"], "tau": tau, "latent_steps": latent,
                 "reached": reached, "grad_norm": metrics["grad_norm"], "lr": rate, "tokens_per_second": speed,
                 "flops": training_flops(at.products, at.attention), "mfu": mfu})
-        shown = f"{metrics['loss']:.4f}  latent {latent:.2f}  λ {lam:.4f}  {speed:,.0f} tok/s"
+        shown = f"{metrics['loss']:.4f}  latent {latent:.2f}  τ {tau:.4f}  {speed:,.0f} tok/s"
         bar.set_postfix_str(f"loss {shown}", refresh=False)
         bar.update()
 
@@ -252,9 +253,12 @@ def train(config: Train) -> dict:
                           "seconds": at.seconds, "parameters": parameters}
     if RANK == 0:
         write_whole(out / "summary.json", json.dumps({"config": asdict(config), **result}, indent=1) + "\n")
+    missed = ""
+    if controller and abs(result["val_steps"] - config.budget) > 0.1 * config.budget:
+        missed = f" (the budget of {config.budget:g} is missed)"
     say(f"\nvalidation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
         f"{result['bits_per_byte']:.4f} bits per byte\nmean latent steps {result['val_steps']:.3f} of "
-        f"{config.max_latent}; {result['tokens']:,} tokens, {result['flops']:.3e} training FLOPs, "
+        f"{config.max_latent}{missed}; {result['tokens']:,} tokens, {result['flops']:.3e} training FLOPs, "
         f"{at.seconds / 60:.1f} minutes\nnext: python sample.py {out} \"def \"")
     return result
 

@@ -73,12 +73,14 @@ def vanilla(state, config, idx):
 
 
 def adaptive(state, config, idx):
-    """Logits (B, T, V), executed steps and expected steps (B, T) (METHOD.md §1 to §3)."""
+    """Logits (B, T, V), executed steps (B, T), reach (B, T, ℓ_max) of steps taken and of the first refused,
+    expected steps (B, T) (METHOD.md §1 to §3).
+    """
     B, T = idx.shape
     z = math.sqrt(2.5 * config.n_embd) * state["embed.weight"][idx]
     reach, executed = torch.ones(B, T), torch.ones(B, T, dtype=torch.bool)
     mixture, steps, expected = 0, torch.zeros(B, T), torch.zeros(B, T)
-    past, seen = [], []
+    past, seen, asked = [], [], []
     for k in range(config.max_latent + 1):
         seen.append(executed[:, None, :] & causal(T))
         mine = seen[-1] | torch.eye(T, dtype=torch.bool)  # a halted query sees itself, so that nothing is NaN
@@ -87,11 +89,12 @@ def adaptive(state, config, idx):
         h = z = rms_norm(z, state["norm.weight"], config.norm_eps)
         onward = reach * torch.sigmoid(h @ state["router.weight"][0] + state["router.bias"])
         further = executed & (onward >= config.tau) & (k < config.max_latent)
+        asked.append(torch.where(executed, onward, 0.0))
         mass = torch.where(executed, torch.where(further, reach - onward, reach), 0.0)
         mixture = mixture + mass[..., None] * h
         reach, executed = torch.where(further, onward, 0.0), further
         steps, expected = steps + further, expected + reach
-    return mixture @ state["head.weight"].T, steps, expected
+    return mixture @ state["head.weight"].T, steps, torch.stack(asked[: config.max_latent], 2), expected
 
 
 def loss(logits, expected, targets, config):

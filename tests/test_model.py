@@ -69,11 +69,12 @@ def test_packed_is_dense_masked(seed, tau, n_kv_head):
     out = model(idx, targets)
     out.loss.backward()
     state = {name: value.clone().requires_grad_() for name, value in model.state_dict().items()}
-    logits, steps, expected = reference.adaptive(state, model.config, idx)
+    logits, steps, reach, expected = reference.adaptive(state, model.config, idx)
     loss = reference.loss(logits, expected, targets, model.config)
     gradients = dict(zip(state, torch.autograd.grad(loss, list(state.values()))))
     assert torch.equal(out.steps, steps) and (0 < steps.mean() < 3 or tau == 0)
     torch.testing.assert_close(out.logits, logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(out.reach, reach, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.expected_steps, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(out.loss, loss, atol=1e-5, rtol=1e-5)
     mine = dict(model.named_parameters())
@@ -132,23 +133,16 @@ def test_a_tick_is_one_state_for_each_row_and_nobody_waits():
 
 
 def test_exit_mass_sums_to_one_and_reach_never_grows():
-    """With the norm's output replaced by ones, h̄ is Σ_k p[t,k]; r[t,k+1] is read off `onward`."""
-    model, reached = make(), []
+    """With the norm's output replaced by ones, h̄ is Σ_k p[t,k]."""
+    model = make()
     model.norm.register_forward_hook(lambda module, inputs, output: torch.ones_like(output))
     torch.nn.init.normal_(model.router.bias)
-    plain = model.onward
-
-    def onward(h, reach, column):
-        result = plain(h, reach, column)
-        reached.append((reach, result[0]))
-        return result
-
-    model.onward = onward
     with torch.no_grad():
-        h, steps, expected = model.hidden(text(), Cache())
+        h, steps, reach = model.hidden(text(), Cache())
     torch.testing.assert_close(h, torch.ones_like(h))
-    assert steps.max() <= model.max_latent and (expected <= steps + 1e-6).all()
-    assert all((after <= before).all() for before, after in reached)
+    assert steps.max() <= model.max_latent
+    assert (reach.diff(dim=1) <= 0).all() and (reach[:, 0] > 0).all() and (reach <= 1).all()
+    assert torch.equal((reach >= model.tau).sum(1), steps), "a step is taken where reach is at least τ"
 
 
 @pytest.mark.parametrize("tau,max_latent", [(0.0, 3), (1.0, 3), (0.0, 5), (0.0, 1), (0.4, 3)])

@@ -144,7 +144,7 @@ def test_a_finished_run_is_finished(folder, data):
 @pytest.mark.parametrize("values,words", [
     (dict(step=-5), ["corrupt", "-5"]),
     (dict(step="2"), ["corrupt", "step"]),
-    (dict(without=["lam"]), ["sampled"]),
+    (dict(without=["threshold"]), ["sampled"]),
     (dict(without=["optimizer"]), ["sampled", "optimizer"]),
     (dict(data="another"), ["other text"]),
     (dict(seconds=[1]), ["corrupt", "seconds"]),

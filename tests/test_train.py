@@ -22,7 +22,6 @@ from baselines import METHODS
 from common import load_checkpoint, run
 from conftest import flat
 from prepare import Data
-from schedule import BudgetController
 from train import Train, train
 
 ROOT = Path(__file__).parent.parent
@@ -428,40 +427,6 @@ def test_moments_that_are_not_finite_are_not_saved(data, tmp_path, monkeypatch, 
 # ----------------------------------------------------------------------------- budget, optimizer, checkpoints
 
 
-def test_budget_controller_lands_on_its_budget():
-    """On a plant that integrates: the router drifts up by what a thought is worth, and down by λ."""
-    for worth in (0.005, 0.02, 0.05):
-        controller = BudgetController(1.0, 3, 1000)
-        steps, lam = 3.0, 0.0
-        for step in range(2000):
-            steps = min(3.0, max(0.0, steps + max(-0.02, min(0.02, worth - lam))))
-            lam = controller.update(step, steps)
-        assert abs(steps - 1.0) < 0.1 and abs(lam - worth) < 0.2 * worth
-
-
-@pytest.mark.parametrize("budget", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("length", [200, 1000, 20_000])
-def test_budget_controller_lands_by_the_end_where_pruning_is_slow_to_undo(budget, length):
-    """On a router of limited speed, which goes up ten times slower than down."""
-    for worth in (0.05, 0.2, 0.5):
-        controller = BudgetController(budget, 3, length)
-        steps, lam = 3.0, 0.0
-        for step in range(length):
-            drive = max(-1.0, min(1.0, (worth - lam) / worth)) * steps * 12 / length
-            steps = min(3.0, steps + (drive if drive < 0 else 0.1 * drive))
-            lam = controller.update(step, steps)
-        assert abs(steps / budget - 1) < 0.1 and abs(lam / worth - 1) < 0.3, (worth, steps, lam)
-
-
-def test_budget_controller_is_what_it_was():
-    """λ over a fixed course of latent steps, from the first release."""
-    controller = BudgetController(1.4, 3, 50)
-    found = [controller.update(step, 3 - 0.06 * step) for step in range(50)]
-    before = [0.0, 0.06999298957979917, 0.16159137595986137, 0.2658717469259511, 0.30921420865125326,
-              0.056316522256352905, 0.0, 0.0]
-    assert found[::7] == pytest.approx(before, abs=1e-12)
-
-
 def test_router_keeps_its_learning_rate(data, tmp_path):
     for longer in ({}, {"max_steps": 9, "resume": True}):
         settings = SMALL | longer
@@ -470,6 +435,19 @@ def test_router_keeps_its_learning_rate(data, tmp_path):
         assert len(router["params"]) == 1 and router["lr"] == 40 / (SMALL["n_embd"] * settings["max_steps"])
         assert matrices["lr"] == vectors["lr"] < SMALL["learning_rate"]
         assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == router["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("budget,missed", [(3.0, False), (2.9, True)])
+def test_a_budget_that_is_missed_is_said(data, tmp_path, capsys, monkeypatch, budget, missed):
+    """With a threshold that stays where one step is taken, and with a true one."""
+    if missed:
+        monkeypatch.setattr(train_module.BudgetController, "update", lambda self, counts, tokens: 0.999)
+    settings = SMALL | {"budget": budget, "max_steps": 50, "eval_every": 50, "save_every": 50, "tau": 0.1}
+    result = train(Train(out=str(tmp_path / "run"), data=str(data), **settings))
+    assert ("is missed" in capsys.readouterr().out) == missed == (abs(result["val_steps"] / budget - 1) > 0.1)
+    config = load_checkpoint(tmp_path / "run")[0].config
+    tau = [record["tau"] for record in records(tmp_path / "run") if "tau" in record]
+    assert tau[0] == 0.1 and config.tau != 0.1 and abs(config.tau - tau[-1]) < 0.1, "τ as it was moved"
 
 
 def test_a_gradient_clip_of_zero_is_none(data, tmp_path):
@@ -584,7 +562,7 @@ def test_damaged_data(change, words, data, tmp_path, refused):
 
 def test_help_prints_every_field():
     out = script("train.py", "--help")
-    assert all(word in out for word in ("--tau=0.1", "reach is at least", "--budget=1.4", "steering λ"))
+    assert all(word in out for word in ("--tau=0.1", "reach is at least", "--budget=1.4", "moving τ"))
 
 
 def test_too_little_gpu_memory_is_one_line(monkeypatch, capsys):

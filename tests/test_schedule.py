@@ -1,0 +1,68 @@
+"""The budget is met: on simulated routers of any scale, drift and length, and after a collapse."""
+
+import pytest
+import torch
+
+from schedule import BudgetController
+
+
+class Router:
+    """Reach of 2,048 tokens as a router in training gives it: tokens come to differ, gates drift together.
+
+    drift: logits that all gates move by over the training. A step is asked for where the last was taken.
+    """
+
+    def __init__(self, length, drift, spread=2.0, most=3):
+        self.length, self.drift, self.spread, self.most = length, drift, spread, most
+        self.dice = torch.Generator().manual_seed(0)
+
+    def reach(self, step, tau):
+        share = step / self.length
+        hard = torch.randn(2048, 1, generator=self.dice)
+        logits = 2 + self.drift * share + self.spread * share * hard
+        logits = logits + 0.3 * torch.randn(2048, self.most, generator=self.dice)
+        reach = logits.sigmoid().cumprod(1)
+        taken = reach >= tau
+        asked = torch.cat((torch.ones(2048, 1, dtype=torch.bool), taken[:, :-1]), 1)
+        return reach * asked, taken.sum(1).float().mean().item()
+
+
+@pytest.mark.parametrize("budget", [0.3, 1.0, 1.4, 2.5])
+@pytest.mark.parametrize("length", [50, 100, 1000])
+@pytest.mark.parametrize("drift", [-4.0, 0.0, 2.0])
+def test_the_budget_is_met(budget, length, drift):
+    router, controller, tau, course = Router(length, drift), BudgetController(budget), 0.1, []
+    for step in range(length):
+        reach, mean = router.reach(step, tau)
+        course.append(mean)
+        tau = controller.update(controller.count(reach), len(reach))
+    allowed = 0.2 if length < 100 else 0.1
+    ends = sum(router.reach(length, tau)[1] for _ in range(8)) / 8  # as on a validation text
+    assert abs(ends / budget - 1) < allowed
+    assert abs(sum(course[10:]) / len(course[10:]) / budget - 1) < allowed, "in training too"
+
+
+@pytest.mark.parametrize("budget,tau,most", [(0.0, 0.1, 0.02), (3.0, 0.99, 3.0), (1.0, 0.999999, 1.1)])
+def test_the_ends_and_a_collapse(budget, tau, most):
+    """No steps, all steps, and from a threshold that took none: nothing is pruned for good."""
+    router, controller = Router(200, 0.0), BudgetController(budget)
+    controller.state = (13.0, 0.0)
+    for step in range(60):
+        reach, mean = router.reach(step, tau)
+        tau = controller.update(controller.count(reach), len(reach))
+    assert most * 0.9 - 0.02 <= mean <= most
+
+
+def test_counts_add_up_over_micro_batches():
+    router, controller = Router(100, 0.0), BudgetController(1.4)
+    reach, _ = router.reach(60, 0.3)
+    parts = sum(controller.count(part) for part in reach.split(500))
+    assert torch.equal(parts, controller.count(reach)) and parts.sum() == (reach > 0).sum()
+
+
+def test_the_threshold_passes_what_the_budget_allows():
+    """At once: three of these reaches are at least τ, for two tokens and a budget of 1.5."""
+    reach = torch.tensor([[0.9, 0.8, 0.1], [0.7, 0.2, 0.0]])
+    controller = BudgetController(1.5)
+    tau = controller.update(controller.count(reach), 2)
+    assert (reach >= tau).sum() == 3
