@@ -59,8 +59,7 @@ class Pause(LLaMA):
 
 
 class Ponder(LLaMA):
-    """PonderLM (arXiv:2505.20674): K times over, the next token's expected embedding is added to the first
-    input.
+    """PonderLM (arXiv:2505.20674): K times over, the first input gains the next token's expected embedding.
 
     Each pass sees the keys of its own pass only. Embedding and averaged table are scaled by sqrt(d)."""
 
@@ -189,8 +188,9 @@ METHODS = {"vanilla": LLaMA, "adaptive": AdaptiveLatentCoT, "loop": Loop, "pause
 
 
 def build(config: Config) -> LLaMA:
-    """The model that config.method names. Raises ValueError for an unknown name, or a shape it cannot have.
-    """
+    """The model that config.method names. Raises ValueError for an unknown name, or an impossible shape."""
     if config.method not in METHODS:
         raise ValueError(f"method is {config.method!r}, but must be one of {', '.join(METHODS)}")
-    return METHODS[config.method](config)
+    model = METHODS[config.method](config)
+    model.scale = config.embed_scale or model.scale
+    return model

@@ -25,9 +25,9 @@ _FIELDS = {  # range → fields of any script that must lie in it, each item of 
     "in [0, 1)": "beta1 beta2",
     "in (0, 1)": "val_fraction",
     "in (0, 10]": "init_std",
-    "in (0, inf)": "learning_rate rates rope_theta",
+    "in (0, inf)": "learning_rate rates rope_theta rope_scaling",
     "0 or in [2, 1e15]": "train_tokens",
-    "in [0, inf)": "lam beta budget budgets weight_decay grad_clip mean_latent",
+    "in [0, inf)": "embed_scale lam beta budget budgets weight_decay grad_clip mean_latent",
     "in [-100, 100]": "router_bias",
     "0 or in [0.001, 100]": "temperature",
     "in [0, 1000]": "max_latent num_fewshot ks",
@@ -36,7 +36,7 @@ _FIELDS = {  # range → fields of any script that must lie in it, each item of 
     "in [1, 1048576]": "block_size n_head n_embd n_ff",
     "in [16, 1048576]": "contexts",
     "in [2, 1e9]": "max_tokens",
-    "in [0, 1e9]": "vocab_size n_kv_head micro_batch_size top_k keep_every rate_steps",
+    "in [0, 1e9]": "vocab_size n_kv_head head_dim micro_batch_size top_k keep_every rate_steps",
     "in [1, 1e9]": "max_steps global_batch_size eval_every eval_windows save_every log_every rounds seeds "
                    "lengths stride batch batch_size limit max_new_tokens num_samples",
     "not empty": "input text out data run results tokenizer key",
@@ -46,7 +46,7 @@ NANOGPT = {  # nanoGPT's name → ours; empty: nothing here does that
     "batch_size": "micro_batch_size", "gradient_accumulation_steps": "global_batch_size",
     "lr": "learning_rate", "max_iters": "max_steps", "lr_decay_iters": "max_steps", "out_dir": "out",
     "eval_iters": "eval_windows", "eval_interval": "eval_every", "log_interval": "log_every",
-    "warmup_iters": "warmup", "dataset": "data", "init_from": "resume", "start": "prompt",
+    "warmup_iters": "warmup", "dataset": "data", "start": "prompt",
     "dropout": "", "bias": "", "min_lr": "",
 }
 
@@ -83,9 +83,11 @@ def run(main) -> None:
 def check_range(name: str, value, where: str) -> None:
     """Raises BadInput where the value of field `name` is not in its range; `where` begins the message."""
     text = RANGES.get(name, "")
+    for item in value if isinstance(value, list) else []:
+        check_range(name, item, where)
     if text == "not empty":
         allowed = value != ""
-    elif value is None or not text or (text.startswith("0 or ") and value == 0):
+    elif value is None or isinstance(value, list) or not text or (text.startswith("0 or ") and value == 0):
         allowed = True
     else:
         interval = text.split("in ")[1]

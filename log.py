@@ -10,6 +10,7 @@ What is notable here:
   is thinking about.
 * A halted token is absent from the packed states, and its seat is empty: it costs no matrix product, and
   nobody sees it.
+* What attention needs beside the log stands at the end: the masks, the choice of a kernel, RoPE.
 
 Shapes: B rows, N packed states, A states of the longest row of a pass, S seats of the log, H heads, G heads
 of keys and values, hd width of a head.
@@ -246,3 +247,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
     causal = mask is None and q.size(2) > 1
     mask = None if mask is None else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+
+
+def rope_table(config) -> Tensor:
+    """What `rotate` needs at every position: (2, block_size, hd), the cosines twice, and the sines, the first
+    time negated.
+
+    The angles are pos · θ^(-2i / hd). With rope_scaling [factor] they are divided by the factor. Llama 3's
+    [factor, low, high, context] does so to those that turn fewer than `low` times in that context, leaves
+    alone those that turn more than `high` times, and blends between (arXiv:2407.21783). Raises ValueError.
+    """
+    half = config.head_width // 2
+    speed = config.rope_theta ** (-torch.arange(half) / half)  # radians per position
+    scaling = config.rope_scaling
+    if len(scaling) not in (0, 1, 4) or len(scaling) == 4 and scaling[1] >= scaling[2]:
+        raise ValueError(f"rope_scaling is {scaling}: want [factor] or [factor, low, high > low, context]")
+    if scaling:
+        factor, *bounds = scaling
+        kept = torch.zeros(half)  # the share of an angle that stays as it is
+        if bounds:
+            low, high, context = bounds
+            kept = ((context * speed / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        speed = speed * (kept + (1 - kept) / factor)
+    angle = torch.arange(config.block_size)[:, None] * speed
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """RoPE on the two halves (a, b) of each head, as in Hugging Face's LLaMA: a cos − b sin, b cos + a sin.
+
+    x (N, H, hd); rope (2, N, 1, hd), of the states' positions.
+    """
+    return torch.addcmul(x * rope[0], x.roll(x.size(-1) // 2, -1), rope[1]).to(x.dtype)

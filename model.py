@@ -15,7 +15,7 @@ Shapes: B rows, T tokens of a row, N packed states, d width, H heads, G of keys 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn as nn
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from log import Cache, Log, States, attend, make_mask, pad, spread
+from log import Cache, Log, States, attend, make_mask, pad, rope_table, rotate, spread
 
 CHUNK = 2**27  # logits that are in memory at once where a loss is wanted: half a gigabyte in fp32
 
@@ -39,9 +39,14 @@ class Config:
     n_head: int = 4  # H: attention heads
     n_kv_head: int = 0  # G: heads of keys and values, each serving H / G heads; 0: as many as heads
     n_embd: int = 128  # d: width
+    head_dim: int = 0  # hd: width of a head; 0: n_embd / n_head
     n_ff: int = 344  # width of the SwiGLU
     tie_embeddings: bool = False  # the head reads with the embedding's table
+    embed_scale: float = 0.0  # s: the embedding is multiplied by this; 0: by the method's own
+    qkv_bias: bool = False  # wq, wk and wv add a bias, as in Qwen2
+    qk_norm: bool = False  # an RMSNorm on each head of queries and of keys, as in Qwen3
     rope_theta: float = 10000.0  # base of the rotary angles
+    rope_scaling: list[float] = field(default_factory=list)  # linear: factor; Llama 3: and low, high, context
     norm_eps: float = 1e-5  # RMSNorm
     init_std: float = 0.02  # standard deviation of every weight matrix at the start
     max_latent: int = 3  # ℓ_max (adaptive), K (the baselines): most latent steps of a token
@@ -54,13 +59,18 @@ class Config:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd {self.n_embd} is not n_head {self.n_head} times an even head width")
+        if not self.head_dim and self.n_embd % self.n_head or self.head_width % 2:
+            width = f"head_dim {self.head_dim}, or n_embd {self.n_embd} / n_head {self.n_head}"
+            raise ValueError(f"the width of a head, {width}, must be a whole and even number")
         if self.n_kv_head < 0 or self.n_head % (self.n_kv_head or 1):
             raise ValueError(f"n_kv_head is {self.n_kv_head}, but must be 0 or divide n_head {self.n_head}")
         if not (self.max_latent >= 0 and self.lam >= 0 and self.beta >= 0 and 0 <= self.tau <= 1):
             dials = f"max_latent {self.max_latent}, lam {self.lam}, beta {self.beta}, tau {self.tau}"
             raise ValueError(f"{dials}: want none negative, and tau in [0, 1]")
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
 
 
 @dataclass
@@ -88,26 +98,21 @@ class Generated:
     expected_steps: Tensor  # Σ_{k≥1} r[t,k]
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """RoPE on the two halves (a, b) of each head, as in Hugging Face's LLaMA: a cos − b sin, b cos + a sin.
-
-    x (N, H, hd); rope (2, N, 1, hd): the cosines twice, and the sines, the first time negated.
-    """
-    return torch.addcmul(x * rope[0], x.roll(x.size(-1) // 2, -1), rope[1]).to(x.dtype)
-
-
 class Block(nn.Module):
     """One layer: attention and SwiGLU, each behind an RMSNorm."""
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        d, self.layer, self.head_dim = config.n_embd, layer, config.n_embd // config.n_head
-        kv = self.head_dim * (config.n_kv_head or config.n_head)
+        d, self.layer, self.head_dim = config.n_embd, layer, config.head_width
+        q, kv = self.head_dim * config.n_head, self.head_dim * (config.n_kv_head or config.n_head)
+        head_norm = nn.RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
         self.attn_norm = nn.RMSNorm(d, config.norm_eps)
-        self.wq = nn.Linear(d, d, bias=False)
-        self.wk = nn.Linear(d, kv, bias=False)
-        self.wv = nn.Linear(d, kv, bias=False)
-        self.wo = nn.Linear(d, d, bias=False)
+        self.wq = nn.Linear(d, q, bias=config.qkv_bias)
+        self.wk = nn.Linear(d, kv, bias=config.qkv_bias)
+        self.wv = nn.Linear(d, kv, bias=config.qkv_bias)
+        self.q_norm = head_norm(self.head_dim, config.norm_eps)
+        self.k_norm = head_norm(self.head_dim, config.norm_eps)
+        self.wo = nn.Linear(q, d, bias=False)
         self.ffn_norm = nn.RMSNorm(d, config.norm_eps)
         self.w1 = nn.Linear(d, config.n_ff, bias=False)  # gate
         self.w3 = nn.Linear(d, config.n_ff, bias=False)  # up
@@ -124,10 +129,10 @@ class Block(nn.Module):
         """What comes before attention: x (N, d) → q (N, H, hd), k and v (N, G, hd)."""
         z = self.attn_norm(x)
         q, k, v = (w(z).view(len(z), -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
-        return rotate(q, rope), rotate(k, rope), v
+        return rotate(self.q_norm(q), rope).to(v.dtype), rotate(self.k_norm(k), rope).to(v.dtype), v
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """And after it: the residual x (N, d) and the heads' values y (N, d) → (N, d)."""
+        """And after it: the residual x (N, d) and the heads' values y (N, H · hd) → (N, d)."""
         x = x + self.wo(y)
         z = self.ffn_norm(x)
         return x + self.w2(F.silu(self.w1(z)) * self.w3(z))
@@ -149,14 +154,12 @@ class LLaMA(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        half = config.n_embd // config.n_head // 2
-        angle = torch.arange(config.block_size)[:, None] * config.rope_theta ** (-torch.arange(half) / half)
-        cos, sin = angle.cos(), angle.sin()
-        rope = torch.stack((torch.cat((cos, cos), 1), torch.cat((-sin, sin), 1)))  # (2, block_size, hd)
-        self.register_buffer("rope", rope, persistent=False)
-        for parameter in self.parameters():
+        self.register_buffer("rope", rope_table(config), persistent=False)
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=config.init_std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def one_pass(self, x: Tensor, states: States, log: Log, layers: range | None = None) -> Tensor:
         """The stack of blocks, or some layers of it, on x (N, d). Stops before the final norm."""
@@ -188,8 +191,7 @@ class LLaMA(nn.Module):
     def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None,
                 live: Tensor | None = None) -> Output:
         """idx (B, T) continues the rows of cache (none: starts them); targets (B, T), -1 where there is none;
-        live (B, T) is false on padding, which may stand anywhere. Raises ValueError past block_size.
-        """
+        live (B, T) is false on padding, which may stand anywhere. Raises ValueError past block_size."""
         cache = Cache() if cache is None else cache
         h, steps, reach = self.hidden(idx, cache, live)
         expected = expected_steps(reach, steps)
@@ -223,8 +225,7 @@ class LLaMA(nn.Module):
         """What a step of training draws at random, once for all its micro-batches and processes."""
 
     def flops(self, steps: Tensor, live: Tensor | None = None, fed: Tensor | None = None) -> tuple:
-        """Forward FLOPs of the states that `steps` (B, T) says were executed: of matrix products, of
-        attention.
+        """Forward FLOPs of the states that `steps` (B, T) says were executed: of products, of attention.
 
         live (B, T): which are tokens; fed (B, T): which of them this forward computed, the others being in
         the cache. Attention counts queries × keys of each row and pass; a causal kernel skips half of them.
@@ -236,7 +237,7 @@ class LLaMA(nn.Module):
         attention = torch.zeros_like(products)
         for queries, keys, layers in self.passes(steps, live, fed):
             products += 2 * weights * layers * queries.sum()
-            attention += 4 * self.config.n_embd * layers * (queries.double() * keys).sum()
+            attention += 4 * self.blocks[0].wq.out_features * layers * (queries.double() * keys).sum()
         return products, attention
 
     def passes(self, steps: Tensor, live: Tensor, fed: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
@@ -271,9 +272,8 @@ class LLaMA(nn.Module):
         """Continues prompts, lists of tokens of any lengths: yields the rows that speak, tick by tick.
 
         temperature 0 takes the likeliest token; top_k None or 0 and top_p None are off. Row i draws with the
-        seed `seed` + i, or seed[i]: what it says depends on its prompt and its seed alone. It ends with the
-        token `stop`. A prompt that is too long keeps its end; a full context goes on from its last half.
-        Raises ValueError.
+        seed `seed` + i, or seed[i]: what it says depends on its prompt and its seed alone. The token `stop`
+        ends it. Of too long a prompt the end is read; a full context goes on from its last half. ValueError.
         """
         device, context = self.embed.weight.device, self.config.block_size
         prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts

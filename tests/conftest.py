@@ -46,6 +46,9 @@ def uneven(method="adaptive", seed=0, **settings):
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 parameter.normal_(std=0.15)
+        for name, parameter in model.blocks.named_parameters():
+            if name.endswith("bias") or "q_norm" in name or "k_norm" in name:
+                parameter.uniform_(0.5, 1.5)
         if method == "adaptive":
             model.router.weight.normal_(std=0.3)
     return model

@@ -35,15 +35,25 @@ def stack(state, config, z, see, past=(), layers=None):
     """
     B, T, d = z.shape
     pos = torch.arange(T)
-    hd = d // config.n_head
+    hd = config.head_dim or d // config.n_head
+
+    def project(x, layer, name):
+        return x @ state[f"blocks.{layer}.{name}.weight"].T + state.get(f"blocks.{layer}.{name}.bias", 0)
+
+    def heads(x, layer, name):
+        """Queries or keys (B, T, heads, hd), each head normed where the model does so, and turned."""
+        x = project(x, layer, f"w{name}").view(B, T, -1, hd)
+        if config.qk_norm:
+            x = rms_norm(x, state[f"blocks.{layer}.{name}_norm.weight"], config.norm_eps)
+        return turn(x, pos, config.rope_theta)
+
     kept = []
     for number, layer in enumerate(range(config.n_layer) if layers is None else layers):
-        names = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+        names = ("wo", "w1", "w2", "w3")
         w = {name: state[f"blocks.{layer}.{name}.weight"] for name in names}
         x = rms_norm(z, state[f"blocks.{layer}.attn_norm.weight"], config.norm_eps)
-        q = turn((x @ w["wq"].T).view(B, T, -1, hd), pos, config.rope_theta)
-        k = turn((x @ w["wk"].T).view(B, T, -1, hd), pos, config.rope_theta)
-        v = (x @ w["wv"].T).view(B, T, -1, hd)
+        q, k = heads(x, layer, "q"), heads(x, layer, "k")
+        v = project(x, layer, "wv").view(B, T, -1, hd)
         kept.append((k, v))
         keys = torch.cat([*(layers_of[number][0] for layers_of in past), k], 1)
         values = torch.cat([*(layers_of[number][1] for layers_of in past), v], 1)
@@ -51,7 +61,7 @@ def stack(state, config, z, see, past=(), layers=None):
         keys, values = keys.repeat_interleave(shared, 2), values.repeat_interleave(shared, 2)
         score = torch.einsum("bqhd,bkhd->bhqk", q, keys) / math.sqrt(hd)
         share = score.masked_fill(~see[:, None], -math.inf).softmax(-1)
-        z = z + torch.einsum("bhqk,bkhd->bqhd", share, values).reshape(B, T, d) @ w["wo"].T
+        z = z + torch.einsum("bhqk,bkhd->bqhd", share, values).reshape(B, T, -1) @ w["wo"].T
         x = rms_norm(z, state[f"blocks.{layer}.ffn_norm.weight"], config.norm_eps)
         z = z + (F.silu(x @ w["w1"].T) * (x @ w["w3"].T)) @ w["w2"].T
     return z, kept

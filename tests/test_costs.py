@@ -13,12 +13,13 @@ SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_ff": 24, "block_size": 32, 
 T = SHAPE["block_size"]
 
 
-@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("other", [
+    {}, {"n_kv_head": 1, "tie_embeddings": True}, {"head_dim": 12, "qkv_bias": True, "qk_norm": True}])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("K", [0, 1, 3])
-def test_counted_flops_are_the_formula(method, K, grouped):
-    """Exactly, forward and backward, row by row. grouped: two heads share their keys, the head is tied."""
-    shape = SHAPE | ({"n_kv_head": 1, "tie_embeddings": True} if grouped else {})
+def test_counted_flops_are_the_formula(method, K, other):
+    """Exactly, forward and backward, row by row."""
+    shape = SHAPE | other
     model = make(Config(method=method, max_latent=K, **shape), "cpu", 0.5 * K).eval()
     idx, targets = torch.randint(0, 67, (2, 3, T))
     total, steps = counted(model, idx, targets)

@@ -22,6 +22,7 @@ HUGGING_FACE = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "wq": "self_attn.q_proj",
     "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj", "w1": "mlp.gate_proj",
     "w2": "mlp.down_proj", "w3": "mlp.up_proj"}
+QWEN = {"head_dim": 12, "n_kv_head": 2, "qkv_bias": True, "qk_norm": True}  # what Qwen2 and Qwen3 have beside
 
 
 # -------------------------------------------------------- 1: no latent step ≡ vanilla ≡ Hugging Face's LLaMA
@@ -62,9 +63,9 @@ def test_max_latent_0_is_vanilla():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tau", [0.0, 0.2, 0.4, 0.6])
-@pytest.mark.parametrize("n_kv_head", [0, 2])
-def test_packed_is_dense_masked(seed, tau, n_kv_head):
-    model = make(seed=seed, tau=tau, lam=0.3, n_kv_head=n_kv_head)
+@pytest.mark.parametrize("shape", [{}, {"n_kv_head": 2}, QWEN])
+def test_packed_is_dense_masked(seed, tau, shape):
+    model = make(seed=seed, tau=tau, lam=0.3, **shape)
     idx, targets = text(seed=seed), text(seed=seed + 50)
     out = model(idx, targets)
     out.loss.backward()
@@ -86,10 +87,10 @@ def test_packed_is_dense_masked(seed, tau, n_kv_head):
 # -------------------------------------------------------------- 3: parallel ≡ ticks ≡ any chunking: adaptive
 
 
-@pytest.mark.parametrize("tau", [0.0, 0.25, 0.5])
-def test_ticks_are_parallel(tau):
+@pytest.mark.parametrize("tau,shape", [(0.0, {}), (0.25, {}), (0.5, {}), (0.25, QWEN)])
+def test_ticks_are_parallel(tau, shape):
     """What decoding says of its own text, token by token, one forward says of the whole."""
-    model = make(tau=tau)
+    model = make(tau=tau, **shape)
     prompt = text(1, 20)[0].tolist()
     generated = list(model.generate([prompt], 30, temperature=0))
     whole = prompt + [g.token.item() for g in generated]
@@ -331,9 +332,9 @@ def test_padding_targets_do_not_count():
     torch.testing.assert_close(out.ce, want)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_bf16_autocast_is_near(method):
-    model, idx, targets = make(method), text(), text(seed=5)
+@pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", QWEN)])
+def test_bf16_autocast_is_near(method, shape):
+    model, idx, targets = make(method, **shape), text(), text(seed=5)
     exact = model(idx, targets).loss
     with torch.autocast("cpu", torch.bfloat16):
         out = model(idx, targets)
@@ -360,10 +361,21 @@ def test_state_dict_has_metas_names_and_round_trips(tied):
 
 @pytest.mark.parametrize("settings", [
     dict(n_embd=30), dict(tau=1.5), dict(tau=-0.1), dict(n_layer=0), dict(max_latent=-1), dict(lam=-1.0),
-    dict(tau=math.nan), dict(n_kv_head=3), dict(n_kv_head=-1)])
+    dict(tau=math.nan), dict(n_kv_head=3), dict(n_kv_head=-1), dict(head_dim=5), dict(n_embd=126)])
 def test_config_refuses(settings):
     with pytest.raises(ValueError):
         Config(**settings)
+
+
+@pytest.mark.parametrize("scaling", [[2.0, 1.0], [8.0, 4.0, 4.0, 8192.0]])
+def test_a_rope_scaling_that_cannot_be(scaling):
+    with pytest.raises(ValueError, match="rope_scaling"):
+        build(Config(rope_scaling=scaling))
+
+
+def test_a_scale_that_is_given_takes_the_place_of_the_methods_own():
+    assert build(Config(embed_scale=3.0)).scale == 3.0
+    assert build(Config()).scale == math.sqrt(2.5 * 128) and build(Config(method="vanilla")).scale == 1.0
 
 
 def test_a_method_that_does_not_exist():
