@@ -185,7 +185,7 @@ def save_checkpoint(path: str | Path, model, tokenizer, **rest) -> None:
     Raises BadInput, and leaves an older file alone, where a weight is not finite or the disk is full.
     """
     import torch
-    from prepare import describe, ranks_to_text
+    from tokenizer import describe, ranks_to_text
     weights = model.state_dict()
     for name, tensor in weights.items():
         check_tensor(f"{path} is not written: {name}", tensor, tensor)
@@ -204,7 +204,7 @@ def load_checkpoint(path: str | Path, device="cpu"):
     import torch
     from baselines import build
     from model import Config
-    from prepare import restore_tokenizer
+    from tokenizer import restore_tokenizer
     path = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise BadInput(f"{path} does not exist; want the folder of a run of train.py, or its ckpt.pt")

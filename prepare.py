@@ -17,7 +17,6 @@ from common import answer_help
 
 answer_help(__file__)
 
-import base64
 import hashlib
 import json
 import os
@@ -35,90 +34,20 @@ from tqdm import tqdm
 from common import BadInput, configure, reason, run
 from documents import (  # noqa: F401
     RECORDS, Hashes, Piece, encode, find_files, kind, read_documents, read_pieces, standard_library)
+from tokenizer import END, describe, dtype_of, get_tokenizer, ranks_to_text, restore_tokenizer
 
-END = "<|endoftext|>"  # ends every document
-# GPT-2's pattern, which a file of ranks gets, since it carries none of its own
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 BATCH = 2**22  # characters that are encoded at once
 
 
 @dataclass
 class Prepare:
     input: list[str] = field(default_factory=list)  # files or folders; empty: Python's standard library
-    tokenizer: str = "bytes"  # bytes, any tiktoken name (gpt2, cl100k_base, …) or a path to ranks.tiktoken
+    tokenizer: str = "bytes"  # bytes, a tiktoken name (gpt2, …), a path to ranks.tiktoken, or a run: its own
     name: str = ""  # folder under out; empty: python, or the first input's name
     out: str = "data"  # where the folder goes
     val_fraction: float = 0.05  # share of the documents that becomes validation text
     key: str = "text"  # the field of a .jsonl record or the column of a .parquet file
     separator: str = ""  # what stands between the documents of a text file; empty: a file is one document
-
-
-# ------------------------------------------------------------------------------------------------- tokenizers
-
-
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`, a path to a file of ranks (.tiktoken), or a name that tiktoken knows. Raises BadInput."""
-    if name == "bytes":
-        return make_tokenizer("bytes", r"\S+|\s+", {bytes([i]): i for i in range(256)})
-    if name.endswith(".tiktoken") or "/" in name:
-        try:
-            return make_tokenizer(Path(name).stem, GPT2_PATTERN, ranks_from_text(Path(name).read_bytes()))
-        except (OSError, ValueError) as error:
-            raise BadInput(f"--tokenizer {name} is not a file of ranks: {reason(error)}") from None
-    if name not in tiktoken.list_encoding_names():
-        known = ", ".join(tiktoken.list_encoding_names())
-        raise BadInput(f"--tokenizer {name}: want bytes, a path to ranks.tiktoken, or one of {known}")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # tiktoken downloads the ranks: whatever the network did
-        raise BadInput(f"--tokenizer {name} could not be downloaded ({reason(error)}); "
-                       "give a path to a local ranks.tiktoken instead") from None
-
-
-def make_tokenizer(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int] | None = None):
-    """A tiktoken.Encoding; without special tokens it gets <|endoftext|> as its last. Raises ValueError."""
-    if special is None and sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError("ranks must count up from 0")
-    special = special or {END: len(ranks)}
-    ids = [*ranks.values(), *special.values()]
-    if not all(type(i) is int and 0 <= i < len(ranks) + 10_000 for i in ids) or len(set(ids)) < len(ids):
-        raise ValueError("a token's number must be its own, and not far beyond how many there are")
-    if END not in special or not all(bytes([i]) in ranks for i in range(256)):
-        raise ValueError(f"{END} and each of the 256 bytes must be a token")
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-
-
-def ranks_from_text(text: bytes) -> dict[bytes, int]:
-    """The lines `base64-token rank` of a .tiktoken file. Raises ValueError."""
-    ranks = {}
-    for line in filter(None, text.splitlines()):
-        token, rank = line.split()
-        ranks[base64.b64decode(token, validate=True)] = int(rank)
-    return ranks
-
-
-def ranks_to_text(tokenizer: tiktoken.Encoding) -> bytes:
-    """The inverse of ranks_from_text."""
-    ranks = sorted(tokenizer._mergeable_ranks.items(), key=lambda item: item[1])
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks)
-
-
-def describe(tokenizer: tiktoken.Encoding) -> dict:
-    """What meta.json and a checkpoint say about a tokenizer, beside its ranks."""
-    return {"name": tokenizer.name, "pattern": tokenizer._pat_str, "special": tokenizer._special_tokens,
-            "vocab_size": tokenizer.n_vocab, "sha256": hashlib.sha256(ranks_to_text(tokenizer)).hexdigest()}
-
-
-def restore_tokenizer(description: dict, ranks: bytes) -> tiktoken.Encoding:
-    """The inverse of describe and ranks_to_text. Raises ValueError where the two do not belong together."""
-    if hashlib.sha256(ranks).hexdigest() != description["sha256"]:
-        raise ValueError("the ranks are not those that the sha256 was made of")
-    name, pattern, special = (description[key] for key in ("name", "pattern", "special"))
-    return make_tokenizer(name, pattern, ranks_from_text(ranks), special)
-
-
-def dtype_of(tokenizer: tiktoken.Encoding) -> np.dtype:
-    return np.dtype(np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32)
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis import analyze, draw, further_steps, print_tables, ranks, spearman, token_class, word_positions
-from prepare import get_tokenizer
+from tokenizer import get_tokenizer
 
 BYTES = get_tokenizer("bytes")
 

@@ -12,7 +12,7 @@ from common import (
     BadInput, about, autocast, check_output, check_tensor, load_checkpoint, measure_roof, optional,
     pick_device, precision, save_checkpoint, table, timed, write_whole)
 from conftest import uneven
-from prepare import get_tokenizer
+from tokenizer import get_tokenizer
 
 TOKENIZER = get_tokenizer("bytes")
 

@@ -11,7 +11,7 @@ import pytest
 import documents
 from common import BadInput
 from documents import Hashes, cut, encode, find_files, read_documents, read_pieces
-from prepare import GPT2_PATTERN, make_tokenizer
+from tokenizer import GPT2_PATTERN, make_tokenizer
 
 DOCUMENTS = [f"document {i}: naïve 思考 {'x' * (i % 7)}\n" for i in range(80)]
 BYTES = {bytes([i]): i for i in range(256)}

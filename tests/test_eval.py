@@ -16,7 +16,8 @@ from baselines import METHODS
 from common import save_checkpoint
 from conftest import uneven
 from eval import Eval, Tally, perplexity, read_text, score, score_text, sweep, windows, with_fewer_steps
-from prepare import Prepare, describe, get_tokenizer, make_tokenizer, prepare, ranks_to_text
+from prepare import Prepare, prepare
+from tokenizer import describe, get_tokenizer, make_tokenizer, ranks_to_text
 
 ROOT = Path(__file__).parent.parent
 BYTES = get_tokenizer("bytes")

@@ -15,7 +15,7 @@ import torch
 
 import eval as evaluation
 from common import BadInput, save_checkpoint
-from prepare import get_tokenizer, make_tokenizer
+from tokenizer import get_tokenizer, make_tokenizer
 from test_eval import BYTES, END, SAYING, make, plain
 
 pytest.importorskip("lm_eval")

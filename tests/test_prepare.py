@@ -20,9 +20,8 @@ import torch
 
 import prepare
 from common import BadInput
-from prepare import (
-    END, Data, Prepare, describe, get_tokenizer, make_tokenizer, ranks_from_text, ranks_to_text,
-    restore_tokenizer)
+from prepare import Data, Prepare
+from tokenizer import END, get_tokenizer, make_tokenizer, ranks_from_text, ranks_to_text, restore_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [f"document {i}: naïve 思考 {'x' * (i % 7)}\n" for i in range(80)]
@@ -250,12 +249,6 @@ def test_a_file_of_ranks_is_a_tokenizer(tmp_path):
         prepare.prepare(config)
 
 
-def test_the_byte_tokenizer_is_utf_8():
-    tokenizer = get_tokenizer("bytes")
-    text = "def f(x):\n\treturn 'ü思'  # \0"
-    assert tokenizer.encode_ordinary(text) == list(text.encode()) and tokenizer.n_vocab == 257
-
-
 def test_many_tokens_take_four_bytes_each(tmp_path):
     words = ["".join(chr(97 + i // 26**k % 26) for k in range(4)) for i in range(66_000)]
     ranks = BYTES | {word.encode(): 256 + i for i, word in enumerate(words)}
@@ -276,34 +269,6 @@ def test_a_file_that_is_not_ranks(content, tmp_path, refused):
     flags = [f"--tokenizer={tmp_path}/bad.tiktoken", f"--out={tmp_path}/data"]
     line = refused("--input", tmp_path / "a.txt", *flags)
     assert "bad.tiktoken is not a file of ranks: " in line
-
-
-def test_a_download_that_fails_says_why(monkeypatch):
-    def fails(name):
-        raise ConnectionError()
-
-    monkeypatch.setattr(prepare.tiktoken, "get_encoding", fails)
-    with pytest.raises(BadInput, match="gpt2 could not be downloaded .ConnectionError.*ranks.tiktoken"):
-        get_tokenizer("gpt2")
-
-
-@pytest.mark.parametrize("change", [
-    {"special": {END: 10**8}}, {"special": {END: -1}}, {"special": {END: "256"}}, {"special": {END: 5}},
-    {"special": {}}, {"special": {"<|x|>": 256}}, {"special": {END: 256.0}}, {"special": [256]},
-    {"pattern": "("}, {"pattern": None}, {"sha256": ""}])
-def test_a_hostile_description_is_refused(change):
-    tokenizer = get_tokenizer("bytes")
-    with pytest.raises((ValueError, TypeError, AttributeError)):
-        restored = restore_tokenizer(describe(tokenizer) | change, ranks_to_text(tokenizer))
-        raise ValueError if describe(restored) != describe(tokenizer) | change else AssertionError
-
-
-def test_hostile_ranks_are_refused():
-    for number in (b"100000000", b"-1", b"7"):
-        ranks = ranks_to_text(get_tokenizer("bytes")).replace(b" 255", b" " + number)
-        description = describe(get_tokenizer("bytes")) | {"sha256": hashlib.sha256(ranks).hexdigest()}
-        with pytest.raises(ValueError):
-            restore_tokenizer(description, ranks)
 
 
 # ---------------------------------------------------------------------------------------------------- folders

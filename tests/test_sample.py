@@ -15,7 +15,7 @@ import torch._inductor.config as inductor
 from baselines import build
 from common import load_checkpoint, save_checkpoint
 from model import Config
-from prepare import get_tokenizer, make_tokenizer
+from tokenizer import get_tokenizer, make_tokenizer
 from sample import Piece, explain, html_page, whole_characters
 
 ROOT = Path(__file__).parent.parent
