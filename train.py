@@ -3,6 +3,7 @@
     python train.py                                    config/tiny.py: minutes on a laptop CPU
     python train.py --max_latent=0 --out=out/vanilla   the same without thoughts
     torchrun --nproc_per_node=8 train.py config/410m.py
+    python train.py --init_from=out/vanilla --max_latent=3 --out=out/thinks    start from trained weights
 
 What is notable here:
 * A batch is a function of (seed, step), and each process takes its slice of it: any number of processes sees
@@ -36,7 +37,8 @@ from fast import compile_training, compiles, fuse_norms
 from model import Config, training_flops
 from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Progress, Stop, add_up, check_finite, check_new, check_resumed,
-                  cut_log, distribute, evaluate, exact, largest, lock, log_state, say, say_stopped, write_log)
+                  check_source, cut_log, distribute, evaluate, exact, largest, lock, log_state, say,
+                  say_stopped, take_shape, take_weights, write_log)
 from schedule import BudgetController, learning_rate, make_optimizer, router_rate
 
 
@@ -47,6 +49,7 @@ class Train(Config):
     out: str = "out/tiny"  # folder of this run
     train_tokens: int = 0  # read only the first so many tokens of the training text, again and again; 0: all
     resume: bool = False  # go on with the run in out
+    init_from: str = ""  # start from the weights and the shape of this run; empty: from random weights
     seed: int = 1337  # of the weights and of the batches
     max_steps: int = 1000  # optimizer steps
     global_batch_size: int = 16  # sequences in one optimizer step, over all processes
@@ -89,6 +92,11 @@ def train(config: Train) -> dict:
     compiled = compiles(config.compile, device)
     data = Data(config.data, config.block_size, config.train_tokens)
     check_new(config, data)
+    source = None  # the model to start from
+    if config.init_from and not config.resume:
+        source, tokenizer, _ = load_checkpoint(config.init_from)
+        check_source(config, tokenizer, data)
+        config = take_shape(config, source)
     share = config.global_batch_size // WORLD  # sequences of a process in one step
     micro = min(config.micro_batch_size or share, share)  # and in one forward
     step_tokens = config.global_batch_size * config.block_size
@@ -100,12 +108,17 @@ def train(config: Train) -> dict:
     # The model and what trains it: new, or as its last checkpoint has it.
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
+    saved = None  # the run to go on with
+    if config.resume:
+        saved, _, checkpoint = load_checkpoint(path)
+        config = take_shape(config, saved) if config.init_from else config
     model = build(config.model_config(config.vocab_size or data.tokenizer.n_vocab)).to(device)
     optimizer = make_optimizer(model, config)
     at = Progress()
     controller = None if config.budget is None else BudgetController(config.budget)
-    if config.resume:
-        saved, _, checkpoint = load_checkpoint(path)
+    if source:
+        say(f"starts from {config.init_from}: {take_weights(model, source, config.budget is not None)}")
+    if saved:
         check_resumed(config, checkpoint, data, optimizer)
         model.load_state_dict(saved.state_dict())
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -119,7 +132,8 @@ def train(config: Train) -> dict:
         new = learning_rate(config, at.step)
         if old != new:
             say(f"max_steps is another, so the learning rate jumps from {old:.2e} to {new:.2e}")
-        del saved, checkpoint  # as large as the model and its optimizer
+        del checkpoint  # as large as the model and its optimizer
+    del source, saved
     model.checkpointing = config.checkpointing
     if compiled:
         compile_training(model)
@@ -168,9 +182,14 @@ def train(config: Train) -> dict:
                 save_checkpoint(out / f"ckpt-{step}.pt", model, data.tokenizer, **about)
             if saves:
                 save_checkpoint(path, model, data.tokenizer, **about, optimizer=optimizer.state_dict())
+        if config.init_from and step == 0:  # only now, as a run exists from its first checkpoint
+            result = evaluate(model, data, config, micro, device, stop)
+            at.result = {"step": 0} | result if result else {}
+            if result:
+                write_log(log, at.result)
         if result:
             validation = f"val {result['val_loss']:.4f}  latent {result['val_steps']:.2f}"
-            say(f"step {step:>6}  {validation}  train {shown}")
+            say(f"step {step:>6}  {validation}  {shown}")
 
         # End, or stop where that was asked for.
         if stopping:
@@ -243,8 +262,8 @@ def train(config: Train) -> dict:
                 "ce": metrics["ce"], "ada": metrics["ada"], "tau": tau, "latent_steps": latent,
                 "reached": reached, "grad_norm": metrics["grad_norm"], "lr": rate, "tokens_per_second": speed,
                 "flops": training_flops(at.products, at.attention), "mfu": mfu})
-        shown = f"{metrics['loss']:.4f}  latent {latent:.2f}  τ {tau:.4f}  {speed:,.0f} tok/s"
-        bar.set_postfix_str(f"loss {shown}", refresh=False)
+        shown = f"train {metrics['loss']:.4f}  latent {latent:.2f}  τ {tau:.4f}  {speed:,.0f} tok/s"
+        bar.set_postfix_str(shown, refresh=False)
         bar.update()
 
     # Summary.

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ import torch.distributed as dist
 import runs
 import train as train_module
 from baselines import METHODS
-from common import load_checkpoint, run
-from conftest import flat
+from common import BadInput, load_checkpoint, run, save_checkpoint
+from conftest import flat, uneven
 from prepare import Data
+from tokenizer import get_tokenizer, make_tokenizer
 from train import Train, train
 
 ROOT = Path(__file__).parent.parent
@@ -172,9 +174,13 @@ def test_every_method_trains_and_resumes(method, data, tmp_path, monkeypatch):
     assert [*losses(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6] and same(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_kill_at_any_moment_is_made_good_by_resume(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("started", [False, True])
+def test_a_kill_at_any_moment_is_made_good_by_resume(started, data, tmp_path, monkeypatch):
     """Before and after every line of the log, checkpoint, evaluation, step, renaming, and the summary."""
     settings = SMALL | dict(data=str(data), budget=1.0, n_layer=1, max_steps=3, eval_every=2, keep_every=2)
+    if started:
+        train(Train(out=str(tmp_path / "source"), **settings | dict(max_latent=0, max_steps=1)))
+        settings |= dict(init_from=str(tmp_path / "source"), n_layer=2, max_steps=2)
     train(Train(out=str(tmp_path / "whole"), **settings))
     moment, killed = 0, True
     while killed:
@@ -192,7 +198,7 @@ def test_a_kill_at_any_moment_is_made_good_by_resume(data, tmp_path, monkeypatch
             assert begun or not (out / "log.jsonl").exists()
             train(Train(out=str(out), resume=begun, **settings))
         assert same(tmp_path / "whole", out), moment
-    assert moment > 50
+    assert moment > 30
 
 
 def test_kill_9_and_resume(data, tmp_path):
@@ -264,6 +270,86 @@ def test_what_was_printed_was_saved_before(data, tmp_path, monkeypatch):
     assert load_checkpoint(tmp_path / "cut")[2]["step"] == 3
     train(Train(out=str(tmp_path / "cut"), resume=True, **settings))
     assert same(tmp_path / "whole", tmp_path / "cut")
+
+
+# ---------------------------------------------------------------------------- started from trained weights
+
+
+KIN = {"qkv_bias": True, "qk_norm": True, "head_dim": 6, "n_kv_head": 1, "rope_theta": 500.0}  # of a source
+
+
+@pytest.fixture(scope="session")
+def sources(data, tmp_path_factory):
+    """Trained runs by name: vanilla, tied (with a shape of its own), and adaptive, which thinks."""
+    folder = tmp_path_factory.mktemp("sources")
+    kinds = {"vanilla": {"method": "vanilla"}, "tied": {"method": "vanilla", "tie_embeddings": True} | KIN,
+             "unthinking": {"max_latent": 0}, "adaptive": {"max_latent": 2}}
+    for name, settings in kinds.items():
+        train(Train(out=str(folder / name), **SMALL | dict(data=str(data), n_layer=3) | settings))
+    return folder
+
+
+def continued(out, source, data, **settings):
+    """A run of other shape settings that starts from a source → step 0 and the last line of its log."""
+    settings = SMALL | dict(data=str(data), max_steps=2, budget=1.0) | settings
+    train(Train(init_from=str(source), out=str(out), **settings))
+    found = [record for record in records(out) if "val_loss" in record]
+    assert found[0]["step"] == 0 and len(losses(out)) == 2
+    return found[0]
+
+
+@pytest.mark.parametrize("source,method,latent", [
+    ("vanilla", "vanilla", 0), ("vanilla", "adaptive", 3), ("unthinking", "adaptive", 3),
+    ("tied", "adaptive", 3), ("tied", "vanilla", 0), ("adaptive", "adaptive", 2), ("vanilla", "loop", 0)])
+def test_a_run_begins_with_what_its_source_could(source, method, latent, sources, data, tmp_path, capsys):
+    """Exactly: the same validation loss, also where thoughts are added; the shape is the source's."""
+    first = continued(tmp_path, sources / source, data, method=method, max_latent=latent)
+    before = summary(sources / source)
+    assert first["val_loss"] == before["val_loss"] and first["val_steps"] == before["val_steps"]
+    config = load_checkpoint(tmp_path)[0].config
+    assert config.n_layer == 3 and config.embed_scale == load_checkpoint(sources / source)[0].scale
+    if source == "tied":
+        assert config.tie_embeddings and all(getattr(config, name) == value for name, value in KIN.items())
+    out = capsys.readouterr().out
+    assert f"starts from {sources / source}: " in out and "set otherwise, and not used: n_layer 2" in out
+    assert ("new: router.weight" in out) == (method == "adaptive" and source != "adaptive")
+    assert ("every first reach is below τ" in out) == (latent == 3)
+
+
+def test_a_source_need_not_stay(sources, data, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(sources / "tied", source)
+    continued(tmp_path / "run", source, data, max_latent=1)
+    shutil.rmtree(source)
+    config = Train(init_from=str(source), resume=True, out=str(tmp_path / "run"),
+                   **SMALL | dict(data=str(data), max_steps=3, max_latent=1, budget=1.0))
+    assert train(config)["tokens"] == 3 * 4 * 16
+    with pytest.raises(BadInput, match="was trained with init_from="):
+        train(replace(config, init_from=str(sources / "vanilla")))
+
+
+@pytest.mark.parametrize("context", [8, 40])
+def test_the_context_may_be_another(context, sources, data, tmp_path):
+    first = continued(tmp_path, sources / "tied", data, max_latent=0, block_size=context)
+    assert math.isfinite(first["val_loss"]) and load_checkpoint(tmp_path)[0].config.block_size == context
+
+
+def test_what_cannot_be_started_from_is_one_line(sources, data, tmp_path, call):
+    def refused(*arguments):
+        _, err = call("train", *flags(data, tmp_path / "run"), *arguments, code=2)
+        assert not (tmp_path / "run").exists()
+        return err
+
+    assert "not/there does not exist" in refused("--init_from=not/there")
+    (tmp_path / "cut.pt").write_bytes((sources / "tied" / "ckpt.pt").read_bytes()[:999])
+    assert "cut.pt is corrupt" in refused(f"--init_from={tmp_path}/cut.pt")
+    own = make_tokenizer("own", r"\S+|\s+", {bytes([i]): 255 - i for i in range(256)})
+    save_checkpoint(tmp_path / "other.pt", uneven("vanilla", vocab_size=257), own)
+    line = refused(f"--init_from={tmp_path}/other.pt")
+    assert "another tokenizer (bytes) than that" in line and "--tokenizer=" in line
+    flat = uneven("vanilla", n_layer=1, vocab_size=257)
+    save_checkpoint(tmp_path / "flat.pt", flat, get_tokenizer("bytes"))
+    assert "mor needs" in refused(f"--init_from={tmp_path}/flat.pt", "--method=mor", "--n_layer=3")
 
 
 # ------------------------------------------------------------------------------------ any number of processes
