@@ -38,8 +38,8 @@ from common import write_whole
 from documents import encode, find_files, read_pieces
 from log import Cache, pad
 from model import LLaMA
+from page import explain, html_page
 from prepare import Data, describe, dtype_of
-from sample import explain, html_page
 
 TAUS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # what --sweep tries; 0 always thinks to the end
 MOST = 1_000_000  # tokens of a run's own val.bin that are read, unless --max_tokens says otherwise
@@ -63,7 +63,7 @@ class Eval:
     num_fewshot: list[int] = field(default_factory=lambda: [0])  # solved examples before a question
     include_path: str = ""  # folder of more task files (YAML)
     limit: int | None = None  # only the first so many questions of each task
-    html: str = ""  # write the beginning of the text here as a page, coloured by latent steps
+    html: str = ""  # write the first 2,000 tokens here as a page that shows what was thought about them
     plot: str = ""  # draw what --analyze and --sweep find here (.png, .svg or .pdf)
     json: str = ""  # write all numbers here; empty: they are only printed
     device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
@@ -357,8 +357,8 @@ def evaluate(config: Eval) -> None:
             print(f"\nrank correlation (Spearman) of −log q and latent steps: {rho}")
         print_tables(found)
         if config.html:
-            beginning = explain(model, tokenizer, ids[: model.config.block_size].tolist())
-            write_whole(config.html, html_page("What the model thought about", title, [beginning]))
+            beginning = explain(model, tokenizer, ids[:2000].tolist())
+            write_whole(config.html, html_page(title, model, tokenizer, [beginning]))
     if config.plot:
         write_whole(config.plot, draw(found, title, config.plot.rpartition(".")[2]))
     if config.json:

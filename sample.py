@@ -5,8 +5,9 @@
     echo -n "import " | python sample.py out/tiny
 
 What is notable here:
-* Text streams as it is made, each token coloured by the latent steps that were executed before it was said. A
-  character that spans several tokens is held back until it is whole. The prompt is coloured too.
+* Text streams as it is made, each token on the colour of the latent steps that were executed before it was
+  said. A character that spans several tokens is held back until it is whole. The prompt is dim.
+* What goes into a pipe or a file has no colours, and none has any where NO_COLOR is set.
 * Several texts are made in one batch, each as if alone: text i of a seed is the first text of seed + i.
 """
 
@@ -14,15 +15,12 @@ from common import answer_help
 
 answer_help(__file__)
 
-import codecs
-import html
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
 import torch
 
@@ -31,9 +29,7 @@ from common import pick_device, precision, reason, run, write_whole
 from documents import cut, encode
 from fast import compile_ticks, compiles, lay_out
 from model import LLaMA
-
-ANSI = (0, 114, 220, 208, 203, 199, 165, 129, 93)  # 256-colour codes for 0, 1, 2, … latent steps
-CSS = "transparent #d9f2d9 #fff3b0 #ffd6a5 #ffadad #ff9bd2 #e3a5ff #c4a5ff #a5a8ff".split()
+from page import Piece, bar, bytes_of, explain, html_page, legend, painted, wants_colour, whole_characters
 
 
 @dataclass
@@ -52,80 +48,9 @@ class Sample:
     method: str | None = None  # checked against the checkpoint's, if given
     compile: bool = False  # torch.compile decoding: the first tokens wait for it, the others come faster
     plain: bool = False  # no colours
-    html: str = ""  # also write a page with the colours, and numbers on hover
+    html: str = ""  # also write a page: its thoughts, and what it would have said without
     device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
-
-
-@dataclass
-class Piece:
-    """One token of a text: its bytes, and what it took to say it."""
-
-    text: bytes
-    steps: int | None  # executed latent steps behind it; None: the first token, which nobody predicted
-    reach: float  # expected latent steps, Σ_{k≥1} r[t,k]
-    prob: float  # the probability that the model gave it
-
-    def numbers(self) -> str:
-        if self.steps is None:
-            return "start of the text"
-        return f"{self.steps} latent steps, expected {self.reach:.2f}, probability {self.prob:.4f}"
-
-
-def whole_characters(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[Piece]]]:
-    """Joins pieces until their bytes are whole UTF-8 characters: (text, the pieces behind it)."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text, held = "", []
-    for piece in pieces:
-        text += decoder.decode(piece.text)
-        held.append(piece)
-        if text and not decoder.getstate()[0]:
-            yield text, held
-            text, held = "", []
-    text += decoder.decode(b"", final=True)
-    if text:
-        yield text, held
-
-
-def most_steps(pieces: list[Piece]) -> int:
-    return max(piece.steps or 0 for piece in pieces)
-
-
-def colour(palette, steps: int):
-    return palette[min(steps, len(palette) - 1)]
-
-
-def html_page(title: str, note: str, texts: list[list[Piece]]) -> str:
-    """A self-contained page: the texts, each token on the colour of its steps, its numbers on hover."""
-    def span(steps: int, content: str, more: str = "") -> str:
-        return f'<span style="background:{colour(CSS, steps)}"{more}>{content}</span>'
-
-    blocks = []
-    for pieces in texts:
-        spans = []
-        for text, group in whole_characters(pieces):
-            hover = "; ".join(piece.numbers() for piece in group)
-            spans.append(span(most_steps(group), html.escape(text), f' title="{hover}"'))
-        blocks.append(f"<pre>{''.join(spans)}</pre>\n")
-    scale = " ".join(span(k, f"&nbsp;{k}&nbsp;") for k in range(max(map(most_steps, texts)) + 1))
-    fill = {"title": html.escape(title), "note": html.escape(note), "legend": scale, "texts": "".join(blocks)}
-    return Template(Path(__file__).with_name("page.html").read_text(encoding="utf-8")).substitute(fill)
-
-
-@torch.no_grad()
-def explain(model: LLaMA, tokenizer, ids: list[int]) -> list[Piece]:
-    """The pieces of a given text, by one forward: each token with the thinking done at the one before it."""
-    ids = torch.tensor([ids], device=model.embed.weight.device)
-    out = model(ids)
-    if not out.logits.isfinite().all():
-        raise BadInput("the model's predictions are not finite (NaN or infinity): its training has diverged")
-    prob = out.logits[0, :-1].float().softmax(1).gather(1, ids[0, 1:, None]).squeeze(1)
-    first, *others = [tokenizer.decode_single_token_bytes(i) for i in ids[0].tolist()]
-    pieces = [Piece(first, None, 0.0, 1.0)]
-    numbers = out.steps[0].tolist(), out.expected_steps[0].tolist(), prob.tolist()
-    for text, steps, reach, p in zip(others, *numbers):
-        pieces.append(Piece(text, int(steps), reach, p))
-    return pieces
 
 
 def say(text: str) -> None:
@@ -173,32 +98,39 @@ def prompt_tokens(text: str, tokenizer, context: int) -> list[int]:
     return ids[-context:] or [tokenizer.eot_token]
 
 
+def read_by(model: LLaMA, tokenizer, ids: list[int]) -> list[Piece]:
+    """The pieces of a prompt, and the thinking behind each. Raises BadInput where a prediction is no number.
+    """
+    out = model(torch.tensor([ids], device=model.embed.weight.device))
+    if not out.logits.isfinite().all():
+        raise BadInput("the model's predictions are not finite (NaN or infinity): its training has diverged")
+    steps = [0, *out.steps[0, :-1].int().tolist()]
+    start = ids == [tokenizer.eot_token]  # of a text, which shows nothing
+    return [Piece(b"" if start else bytes_of(tokenizer, i), k, i) for i, k in zip(ids, steps)]
+
+
 def generate(model: LLaMA, tokenizer, ids: list[int], config: Sample) -> Iterator[tuple[int, Piece]]:
     """(which text, its next piece), in the order in which they are said; <|endoftext|> is no piece."""
     settings = config.max_new_tokens, config.temperature, config.top_k, config.top_p, config.seed
     for new in model.generate([ids] * config.num_samples, *settings, stop=tokenizer.eot_token):
-        numbers = new.row, new.token, new.steps, new.expected_steps, new.prob
-        for row, token, steps, reach, prob in zip(*(t.tolist() for t in numbers)):
+        for row, token, steps in zip(*(t.tolist() for t in (new.row, new.token, new.steps))):
             if token != tokenizer.eot_token:
-                known = token < tokenizer.n_vocab  # the model's vocabulary may be padded
-                text = tokenizer.decode_single_token_bytes(token) if known else b""
-                yield row, Piece(text, int(steps), reach, prob)
+                yield row, Piece(bytes_of(tokenizer, token), int(steps), token)
 
 
 def first_of(said: Iterator[tuple[int, Piece]], texts: list[list[Piece]]) -> Iterator[Piece]:
     """The pieces of the first text as they come; appends all to their texts meanwhile."""
-    yield from list(texts[0])
     for row, piece in said:
         texts[row].append(piece)
         if row == 0:
             yield piece
 
 
-def show(pieces: Iterable[Piece], colours: bool) -> None:
+def show(pieces: Iterable[Piece], colours: bool, dim: bool = False) -> None:
     """Writes a text as its pieces come."""
     for text, group in whole_characters(pieces):
-        steps = most_steps(group)
-        sys.stdout.write(f"\x1b[38;5;{colour(ANSI, steps)}m{text}\x1b[0m" if colours and steps else text)
+        steps = max(piece.steps for piece in group)
+        sys.stdout.write(painted(text, steps, dim) if colours else text)
         sys.stdout.flush()
 
 
@@ -217,32 +149,37 @@ def main() -> None:
     if compiles(config.compile, device):
         say("compiling; the first tokens take a while")
         compile_ticks(model)
-    colours = sys.stdout.isatty() and not config.plain
-    if colours:
-        scale = [f"\x1b[38;5;{colour(ANSI, k)}m{k}\x1b[0m" if k else "0" for k in range(model.max_latent + 1)]
-        print("latent steps: " + " ".join(scale) + "\n")
 
-    with autocast(device, config.dtype):
-        prompt = explain(model, tokenizer, ids)
-        prompt[0].text = b"" if ids == [tokenizer.eot_token] else prompt[0].text
-        texts = [list(prompt) for _ in range(config.num_samples)]
+    with torch.no_grad(), autocast(device, config.dtype):
+        prompt = read_by(model, tokenizer, ids)
+        colours = wants_colour(sys.stdout) and not config.plain
+        if colours:
+            print(legend(model.max_latent) + "\n")
+        texts = [[] for _ in range(config.num_samples)]
         began = time.perf_counter()
         streams = [first_of(generate(model, tokenizer, ids, config), texts), *texts[1:]]
         for i, pieces in enumerate(streams, 1):
             if config.num_samples > 1:
                 print("\n\n" * (i > 1) + f"--- text {i} of {config.num_samples} ---")
+            show(prompt, colours, dim=True)
             show(pieces, colours)
         took = time.perf_counter() - began
 
-    new = [piece for pieces in texts for piece in pieces[len(prompt) :]]
-    mean = sum(piece.steps for piece in new) / max(1, len(new))
-    ended = sum(len(pieces) - len(prompt) < config.max_new_tokens for pieces in texts)
-    print(f"\n\n{len(new)} tokens, {len(new) / took:.1f} tokens/s, {mean:.2f} latent steps per token of at "
-          f"most {model.max_latent}; ended by themselves: {ended} of {len(texts)} texts", file=sys.stderr)
-    if config.html:
-        note = f"{config.run}, τ {model.tau}, ℓ_max {model.max_latent}; {mean:.2f} latent steps per new token"
-        write_whole(config.html, html_page("What the model thought about", note, texts))
-        print(f"written: {config.html}", file=sys.stderr)
+        steps = [piece.steps for pieces in texts for piece in pieces]
+        mean = sum(steps) / max(1, len(steps))
+        ended = sum(len(pieces) < config.max_new_tokens for pieces in texts)
+        amounts = bar(steps, wants_colour(sys.stderr) and not config.plain)
+        print(f"\n\n{len(steps)} tokens, {len(steps) / took:.1f} tokens/s, {mean:.2f} latent steps per token "
+              f"{amounts}; ended by themselves: {ended} of {len(texts)} texts", file=sys.stderr)
+        if config.html:
+            note = (f"{config.run}, τ {model.tau:g}, ℓ_max {model.max_latent}, "
+                    f"temperature {config.temperature:g}, seed {config.seed}")
+            explained = [explain(model, tokenizer, ids + [piece.token for piece in text]) for text in texts]
+            for text in explained:
+                text[0].text = prompt[0].text
+            page = html_page(note, model, tokenizer, explained, len(ids))
+            write_whole(config.html, page)
+            print(f"written: {config.html}", file=sys.stderr)
 
 
 if __name__ == "__main__":

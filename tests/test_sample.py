@@ -1,6 +1,6 @@
 """What sample.py shows: whole characters, the thinking of each token where it belongs, a page of its own."""
 
-import html
+import json
 import re
 import subprocess
 import sys
@@ -16,7 +16,6 @@ from baselines import build
 from common import load_checkpoint, save_checkpoint
 from model import Config
 from tokenizer import get_tokenizer, make_tokenizer
-from sample import Piece, explain, html_page, whole_characters
 
 ROOT = Path(__file__).parent.parent
 BYTES = get_tokenizer("bytes")
@@ -37,48 +36,11 @@ def shown(call):
     return partial(call, "sample")
 
 
-def test_characters_wait_until_they_are_whole():
-    pieces = [Piece(bytes([b]), i, 0.0, 1.0) for i, b in enumerate("aé思".encode())]
-    got = list(whole_characters(iter(pieces + [Piece("é".encode()[:1], 6, 0.0, 1.0)])))
-    assert [text for text, _ in got] == ["a", "é", "思", "\ufffd"]
-    assert [[p.steps for p in group] for _, group in got] == [[0], [1, 2], [3, 4, 5], [6]]
-
-
-def test_no_byte_of_a_text_is_lost():
-    """… wherever tokens cut it: what is shown is the whole text's own decoding."""
-    texts = ["a–b — “thé”\n思考".encode(), b"\xe2 \xff\xc3\xc3\xa9 \xf0\x9f", b"\x80\xe2\x80"]
-    for text in texts:
-        for size in (1, 2, 3, 5, 100):
-            pieces = [Piece(text[i : i + size], i, 0.0, 1.0) for i in range(0, len(text), size)]
-            groups = list(whole_characters(pieces))
-            assert "".join(part for part, _ in groups) == text.decode("utf-8", "replace")
-            assert [piece for _, group in groups for piece in group] == pieces
-
-
-def test_generated_tokens_are_explained_as_a_prefill_would(checkpoint):
-    """The steps, reach and probability that generate reports are those of one forward over the whole text."""
-    model, tokenizer, _ = load_checkpoint(checkpoint)
-    ids, new = list(b"def "), []
-    for g in model.generate([ids], 20, seed=3):
-        new.append((g.token.item(), g.steps.item(), g.expected_steps.item(), g.prob.item()))
-    pieces = explain(model, tokenizer, ids + [token for token, *_ in new])
-    for piece, (token, steps, reach, prob) in zip(pieces[4:], new):
-        assert piece.text == bytes([token]) and piece.steps == steps
-        assert piece.reach == pytest.approx(reach, abs=1e-5) and piece.prob == pytest.approx(prob, abs=1e-5)
-    assert len({steps for _, steps, *_ in new}) > 1 and pieces[0].steps is None
-
-
-def test_page():
-    page = html_page("T<1>", "no $te", [[Piece(b"<b>", None, 0.0, 1.0), Piece(b"x", 2, 1.5, 0.25)]])
-    assert "&lt;b&gt;" in page and "<b>" not in page
-    assert "2 latent steps, expected 1.50, probability 0.2500" in page and "start of the text" in page
-    assert "http" not in page and page.count("<pre>") == 1 and "no $te" in page and "T&lt;1&gt;" in page
-    assert "&nbsp;2&nbsp;" in page and "&nbsp;3&nbsp;" not in page, "the legend goes as far as the text does"
-
-
 def text_of(page):
-    """The texts of a page, without its tags."""
-    return [html.unescape(re.sub("<[^>]*>", "", part.split("</pre>")[0])) for part in page.split("<pre>")[1:]]
+    """The texts of a page, from the data in it."""
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    texts = [text["prompt"] + text["text"] for text in data["texts"]]
+    return ["".join(token[0] for word in words for token in word) for words in texts]
 
 
 def test_sample_prints_the_prompt_goes_on_and_repeats_itself(checkpoint, shown, tmp_path):
@@ -230,8 +192,33 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_said(checkp
 
 
 def test_a_terminal_shows_colours_unless_told_not_to(checkpoint, shown, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    piped, _ = shown(checkpoint, "def ", "--max_new_tokens=20")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    out, _ = shown(checkpoint, "def ", "--max_new_tokens=20")
-    plain, _ = shown(checkpoint, "def ", "--max_new_tokens=20", "--plain")
-    assert "\x1b[38;5;" in out and "\x1b" not in plain
-    assert re.sub("\x1b[^m]*m", "", out).split("\n\n", 1)[1] == plain
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    out, err = shown(checkpoint, "def ", "--max_new_tokens=20")
+    legend, text = out.split("\n\n", 1)
+    assert "latent steps" in legend and "48;5;" in legend and "dim: the prompt" in legend
+    assert "\x1b[38;5;16;48;5;" in text and "\x1b[38;5;240;48;5;" in text or "\x1b[2m" in text
+    assert re.sub("\x1b[^m]*m", "", text).replace(" \n", "\n") == piped.replace(" \n", "\n")
+    assert "\x1b[" in err and "\x1b" not in piped
+    plain, err = shown(checkpoint, "def ", "--max_new_tokens=20", "--plain")
+    monkeypatch.setenv("NO_COLOR", "1")
+    unpainted, _ = shown(checkpoint, "def ", "--max_new_tokens=20")
+    assert plain == unpainted == piped and "\x1b" not in err
+
+
+def test_the_last_line_sums_the_steps_up(checkpoint, shown):
+    model, _, _ = load_checkpoint(checkpoint)
+
+    def steps_of(seed):
+        said = model.generate([list(b"def ")], 40, 0.8, top_p=0.95, seed=seed, stop=BYTES.eot_token)
+        return [int(g.steps) for g in said]
+
+    seed = next(seed for seed in range(20) if len(steps_of(seed)) == 40)  # one whose text does not end before
+    steps = steps_of(seed)
+    _, err = shown(checkpoint, "def ", "--max_new_tokens=40", f"--seed={seed}")
+    said = re.search(r"40 tokens, [\d.]+ tokens/s, ([\d.]+) latent steps per token (\d+);", err)
+    assert float(said[1]) == pytest.approx(sum(steps) / 40, abs=0.006)
+    assert said[2] == "".join(map(str, sorted(steps))), "a digit for each of 40 tokens"
