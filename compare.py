@@ -2,6 +2,7 @@
 
     python compare.py config/micro.py --seeds=3 --jobs=2 --plot      hours: all tables, and the figure
     python compare.py --max_steps=3000 --parts rates tokens --methods vanilla adaptive "no thoughts"
+    python compare.py plot out/tiny out/vanilla                      curves of any runs; see plot --help
 
 What is notable here:
 * A run is `python train.py …` in a process of its own, `jobs` of them at a time, which share the cores.
@@ -10,24 +11,27 @@ What is notable here:
 * Two controls stand beside the methods: adaptive without thoughts, and with every step of every token.
 """
 
+import sys
+
 from common import TINY, answer_help
 
-answer_help(__file__, default=TINY)
+if sys.argv[1:2] != ["plot"]:  # which has settings of its own
+    answer_help(__file__, default=TINY)
 
 import json
 import os
 import signal
 import statistics
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 
+import figures
 from baselines import METHODS
-from common import BadInput, about, check_output, configure, optional, run, table, whole, write_whole
+from common import BadInput, about, check_output, configure, optional, run, table, write_whole
 from model import Config
 from prepare import Data
 
@@ -253,28 +257,28 @@ class Runs:
         return result | {"curve": curve, "train_steps": statistics.mean(steps)}
 
 
-def plot(runs: Runs, plt) -> None:
-    """Validation loss against training FLOPs, a point a run, beside the JSON as SVG and PNG."""
-    figure, axes = plt.subplots(figsize=(8, 5))
-    good = [(run.who, result) for run, result in runs.finished.items() if result["val_loss"] is not None]
-    for i, who in enumerate(KINDS):
-        points = [(result["flops"], result["val_loss"]) for each, result in good if each == who]
-        marker, size = ("*", 11) if who == "adaptive" else ("o", 6)
-        if points:
-            axes.plot(*zip(*points), marker, markersize=size, label=who, color=f"C{i}", alpha=0.7)
-    axes.set(xscale="log", xlabel="training FLOPs (counted)", ylabel="validation loss, nats per token")
-    axes.legend()
-    axes.grid(alpha=0.3)
+def plot(runs: Runs) -> None:
+    """Loss against training FLOPs beside the JSON: a point for the mean of every kind that has all seeds."""
+    groups = {}
+    for run, result in runs.finished.items():
+        groups.setdefault(replace(run, seed=0), []).append((result["flops"], result["val_loss"]))
+    most = max(map(len, groups.values()), default=0)
+    points = {who: [] for who in KINDS}
+    for kind, group in groups.items():
+        if len(group) == most and (None, None) not in group:
+            points[kind.who].append(tuple(map(statistics.mean, zip(*group))))
+    figure = figures.loss_against_flops([(who, some) for who, some in points.items() if some])
     for suffix in (".svg", ".png"):
-        path = runs.path.with_suffix(suffix)
-        with whole(path) as file:
-            figure.savefig(file, format=suffix[1:], bbox_inches="tight")
-        print(f"written: {path}")
+        figures.save(figure, runs.path.with_suffix(suffix))
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["plot"]:
+        figures.main(sys.argv[2:])
+        return
     settings = configure(Compare, default=TINY, also="train.py")
-    plt = optional("matplotlib.pyplot", "--plot") if settings.plot else None
+    if settings.plot:
+        optional("matplotlib.figure", "--plot")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = Runs(settings)
     seeds = settings.seeds
@@ -319,7 +323,7 @@ def main() -> None:
         runs.show("Loss against the length of the training:", wanted, seeds)
 
     if settings.plot:
-        plot(runs, plt)
+        plot(runs)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ _FIELDS = {  # range → fields of any script that must lie in it, each item of 
     "in [0, 1e9]": "vocab_size n_kv_head head_dim micro_batch_size top_k keep_every rate_steps",
     "in [1, 1e9]": "max_steps global_batch_size eval_every eval_windows save_every log_every rounds seeds "
                    "lengths stride batch batch_size limit max_new_tokens num_samples",
-    "not empty": "input text out data run results tokenizer key",
+    "not empty": "input text out data run runs results tokenizer key file",
 }
 RANGES = {name: text for text, names in _FIELDS.items() for name in names.split()}
 NANOGPT = {  # nanoGPT's name → ours; empty: nothing here does that
@@ -106,8 +106,8 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
     """An instance of the dataclass cls from the command line (default: sys.argv). Later settings win.
 
     A bare argument that ends in .py is a config file; other bare arguments fill the fields that `positional`
-    names, in order. `default` is the config file where none is named. `also`: a script, such as train.py,
-    whose settings in a config file are passed over. Raises BadInput. --help prints and exits.
+    names, in order, and a list takes all. `default` is the config file where none is named. `also`: a script,
+    such as train.py, whose settings in a config file are passed over. Raises BadInput. --help prints, exits.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if "--help" in words or "-h" in words:
@@ -135,7 +135,8 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
                 values[key] = _parse(texts, kinds[key], key, f"{where}: {key}")
         elif free:
             key = free.pop(0)
-            values[key] = _parse([word], kinds[key], key, key)
+            more = _take(words, kinds[key]) if typing.get_origin(kinds[key]) is list else []
+            values[key] = _parse([word, *more], kinds[key], key, key)
         else:
             raise BadInput(f"{word!r} is neither a config file (.py) nor --key=value")
     try:
@@ -241,7 +242,8 @@ def _help(file: Path, cls: str, positional: tuple[str, ...], words: list[str], d
         for name, texts, _ in _read(path):
             if name in fields:
                 fields[name] = (" ".join(texts), fields[name][1])
-    usage = ["usage:", file.name, *(f"[{name}]" for name in positional), "[config.py …] [--key=value …]"]
+    bare = [f"[{name}]" for name in positional]
+    usage = ["usage:", file.name, *bare, "[config.py …] [--key=value …]"]
     lines = [ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "", "", " ".join(usage), ""]
     for name, (value, comment) in fields.items():
         bounds = f"; {RANGES[name]}" if "in " in RANGES.get(name, "") else ""

@@ -126,7 +126,7 @@ def test_the_real_train_py(call, data, tmp_path):
 
 def test_every_setting_of_train_py_is_known_and_has_its_default():
     ours = {f.name: (f.type, f.default) for f in fields(Compare)}
-    set_here = {"resume", "eval_every", "save_every", "keep_every", "log_every"}
+    set_here = {"resume", "eval_every", "save_every", "keep_every", "log_every", "tensorboard"}
     assert {f.name for f in fields(Train)} - set_here == set(TRAINED)
     for f in fields(Train):
         assert f.name in set_here or ours[f.name] == (f.type, f.default), f.name
@@ -303,7 +303,7 @@ def test_the_figure(compared, tmp_path):
 
 def test_a_figure_without_matplotlib_is_refused_before_the_work(compared, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in compared("--plot", code=2)
     assert not calls(tmp_path) and not (tmp_path / "results").exists()
 

@@ -1,0 +1,139 @@
+"""Figures of training: the curves of any runs, and the loss that each method gets for its FLOPs.
+
+    python compare.py plot out/tiny out/vanilla              curves.png, also while the runs go on
+    python compare.py plot out/* --file=results/curves.svg
+
+What is notable here:
+* Curves need nothing but the log.jsonl that train.py writes; its last line may be half there.
+* FLOPs are those that were counted as the run trained; validation stands at the FLOPs spent until then.
+* matplotlib is not required by anything else, and is imported where a figure is drawn.
+"""
+
+from common import answer_help
+
+answer_help(__file__)
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import BadInput, check_output, configure, optional, reason, run, whole
+
+KINDS = (".png", ".svg", ".pdf")
+
+
+@dataclass
+class Plot:
+    runs: list[str] = field(default_factory=list)  # folders of runs of train.py, or their log.jsonl
+    file: str = "curves.png"  # where the figure goes (.png, .svg or .pdf)
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise ValueError("name the folders of runs, as in: python compare.py plot out/tiny out/vanilla")
+        if not self.file.endswith(KINDS):
+            raise ValueError(f"--file={self.file}: want a name in {', '.join(KINDS)}")
+
+
+def read_log(name: str) -> list[dict]:
+    """The records of a run's log.jsonl; a last line that is not whole yet is left out. Raises BadInput."""
+    path = Path(name) / "log.jsonl" if Path(name).is_dir() else Path(name)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not whole
+        steps = [row["step"] for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is not the log.jsonl of a run of train.py: {reason(error)}") from None
+    if not any("flops" in row for row in rows) or steps != sorted(steps):
+        raise BadInput(f"{path} holds no step of training yet")
+    return rows
+
+
+def curves(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
+    """The lines of a run, each a list of points (x, y): loss by tokens and by FLOPs, the others by tokens.
+
+    A record of an evaluation has neither tokens nor FLOPs: they are those of the training until its step.
+    """
+    trained = [row for row in rows if "flops" in row]
+    lines = {"loss by tokens": [], "loss by FLOPs": [], "val_steps": []}
+    for name in ("latent_steps", "tau", "lam", "lr"):  # λ is in the logs of runs that steered it
+        lines[name] = [(row["tokens"], row[name]) for row in trained if name in row]
+    for row in rows:
+        if "val_loss" in row:
+            before = min(trained, key=lambda other: abs(other["step"] - row["step"]))
+            done = row["step"] / before["step"]  # not 1 only where --log_every left the step out
+            lines["loss by tokens"].append((before["tokens"] * done, row["val_loss"]))
+            lines["loss by FLOPs"].append((before["flops"] * done, row["val_loss"]))
+            lines["val_steps"].append((before["tokens"] * done, row["val_steps"]))
+    return lines
+
+
+def draw_curves(runs: list[str]):
+    """A figure of all runs: validation loss by tokens and by FLOPs, latent steps, τ, learning rate."""
+    figure = optional("matplotlib.figure", "plot").Figure(figsize=(13, 7), layout="constrained")
+    axes = figure.subplots(2, 3).flat
+
+    def xy(points: list) -> tuple:
+        return tuple(zip(*points)) or ((), ())
+
+    panels = {"loss by tokens": "validation loss, nats per token", "loss by FLOPs": "validation loss",
+              "latent_steps": "latent steps per token", "tau": "τ (dotted: λ)", "lr": "learning rate"}
+    for i, name in enumerate(runs):
+        lines = curves(read_log(name))
+        for axis, panel in zip(axes, panels):
+            style = ".-" if panel.startswith("loss") else "-"
+            axis.plot(*xy(lines[panel]), style, color=f"C{i}", linewidth=1.2, label=name)
+        axes[2].plot(*xy(lines["val_steps"]), "o", color=f"C{i}", markersize=4)
+        axes[3].plot(*xy(lines["lam"]), ":", color=f"C{i}")
+    for axis, (name, label) in zip(axes, panels.items()):
+        axis.set(xlabel="training FLOPs (counted)" if "FLOPs" in name else "training tokens", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[1].set_xscale("log")
+    axes[2].set_title("line: in training; points: in validation", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    axes[5].axis("off")
+    axes[5].legend(handles, labels, loc="center left", frameon=False)
+    return figure
+
+
+def loss_against_flops(lines: list[tuple[str, list[tuple[float, float]]]]):
+    """A figure of (label, points (FLOPs, validation loss)), a line through those that no cheaper equals."""
+    figure = optional("matplotlib.figure", "--plot").Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    for i, (label, points) in enumerate(lines):
+        look = {"color": f"C{i}", "marker": "o", "markersize": 5, "linewidth": 1.3}
+        if label == "adaptive":
+            look = {"color": "black", "marker": "*", "markersize": 11, "linewidth": 2.2}
+        axis.plot(*zip(*points), **look | {"linewidth": 0, "alpha": 0.4})
+        axis.plot(*zip(*frontier(points)), **look, label=label)
+    axis.set(xscale="log", xlabel="training FLOPs (counted)", ylabel="validation loss, nats per token")
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.3, which="both")
+    return figure
+
+
+def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those points (FLOPs, loss) that no cheaper one equals, by FLOPs."""
+    best, found = math.inf, []
+    for flops, loss in sorted(points):
+        if loss < best:
+            best = loss
+            found.append((flops, loss))
+    return found
+
+
+def save(figure, path: str | Path) -> None:
+    """Writes a figure, whole or not at all, in the format that the name says. Raises BadInput."""
+    with whole(path) as file:
+        figure.savefig(file, format=Path(path).suffix[1:], dpi=150)
+    print(f"written: {path}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = configure(Plot, argv, positional=("runs",))
+    check_output(config.file, "--file")
+    save(draw_curves(config.runs), config.file)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,88 @@
+"""Curves of runs from their logs, and loss against FLOPs."""
+
+import json
+import sys
+
+import pytest
+
+import figures
+from figures import curves, frontier, loss_against_flops, read_log
+
+pytest.importorskip("matplotlib")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run at work: a line of log every second step, an evaluation every third, and half a line."""
+    rows = []
+    for step in range(1, 13):
+        if step % 2 == 0:
+            row = {"step": step, "tokens": 100 * step, "flops": 1e6 * step, "latent_steps": 3 - step / 8}
+            rows.append(row | {"tau": step / 100, "lr": 1e-3})
+        if step % 3 == 0:
+            rows.append({"step": step, "val_loss": 3 - step / 10, "val_steps": 1.5})
+    (tmp_path / "run").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "run" / "log.jsonl").write_text(text + '{"step": 14, "tok')
+    return tmp_path / "run"
+
+
+def test_curves_are_those_of_the_log(run):
+    """Validation stands at the tokens and FLOPs of its step, also where that step has no line of its own."""
+    lines = curves(read_log(str(run)))
+    assert lines == curves(read_log(f"{run}/log.jsonl"))
+    for name, unit in (("loss by tokens", 100), ("loss by FLOPs", 1e6)):
+        x, y = zip(*lines[name])
+        assert x == pytest.approx([unit * step for step in (3, 6, 9, 12)])
+        assert y == pytest.approx([2.7, 2.4, 2.1, 1.8])
+    assert lines["val_steps"][0] == (300, 1.5)
+    assert lines["lam"] == [] and lines["tau"] == [(100 * step, step / 100) for step in range(2, 13, 2)]
+    assert lines["latent_steps"][-1] == (1200, 1.5) and lines["lr"][0] == (200, 1e-3)
+
+
+@pytest.mark.parametrize("kind,magic", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_the_command_draws_any_runs(kind, magic, run, call, tmp_path):
+    file = tmp_path / f"curves.{kind}"
+    out, _ = call("compare", "plot", run, run / "log.jsonl", f"--file={file}")
+    assert file.read_bytes().startswith(magic) and out == f"written: {file}\n"
+
+
+def test_every_run_is_drawn(run):
+    figure = figures.draw_curves([str(run), f"{run}/log.jsonl"])
+    loss, flops, steps, tau, rate, legend = figure.axes
+    for axis in (loss, flops, steps, tau, rate):
+        drawn = [line for line in axis.lines if len(line.get_xdata())]
+        assert len(drawn) == (4 if axis is steps else 2)
+    assert list(loss.lines[0].get_ydata()) == pytest.approx([2.7, 2.4, 2.1, 1.8])
+    assert [text.get_text() for text in legend.get_legend().get_texts()] == [str(run), f"{run}/log.jsonl"]
+
+
+def test_a_line_holds_the_best_for_the_flops():
+    points = [(4, 2.0), (1, 3.0), (2, 3.5), (3, 2.5), (5, 2.0), (4, 2.2)]
+    assert frontier(points) == [(1, 3.0), (3, 2.5), (4, 2.0)] and frontier([]) == []
+    figure = loss_against_flops([("adaptive", points), ("loop", [(2, 3.0)])])
+    axis = figure.axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["adaptive", "loop"]
+    assert [len(line.get_xdata()) for line in axis.lines] == [6, 3, 1, 1]
+
+
+@pytest.mark.parametrize("words,wanted", [
+    ([], "name the folders"),
+    (["{tmp}/nowhere"], "nowhere"),
+    (["{tmp}/broken.jsonl"], "broken.jsonl"),
+    (["{tmp}/empty.jsonl"], "no step of training"),
+    (["{tmp}/run", "--file={tmp}/a.gif"], ".png"),
+    (["{tmp}/run", "--file={tmp}/no/a.png"], "--file"),
+])
+def test_wrong_input(words, wanted, run, call, tmp_path):
+    (tmp_path / "broken.jsonl").write_text('{"step": 1}\nnonsense\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    assert wanted in call("compare", "plot", *(word.format(tmp=tmp_path) for word in words), code=2)[1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_missing_package_is_named(run, call, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in call("compare", "plot", run, code=2)[1]
