@@ -38,7 +38,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 DIVERGED = 3  # exit code of a run whose numbers are no longer finite
 FREE = (  # settings that change no number but for rounding: --resume may change them
     "out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "keep_every",
-    "log_every", "device", "compile", "checkpointing")
+    "log_every", "device", "compile", "checkpointing", "tensorboard")
 SHAPE = (  # settings that belong to trained weights: --init_from takes them over
     "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff", "tie_embeddings",
     "qkv_bias", "qk_norm", "rope_theta", "rope_scaling", "norm_eps")
@@ -207,10 +207,34 @@ def lock(folder: Path):
     return file
 
 
-def write_log(path: Path, record: dict) -> None:
-    """Appends a record, a line of JSON, in one of the processes. Raises BadInput on a full disk."""
+class Board:
+    """What log.jsonl has, for TensorBoard, whose package must be installed; in the same folder.
+
+    What a resumed run wrote after its last checkpoint is purged, as it is from the log.
+    """
+
+    def __init__(self, out: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(str(out), purge_step=step + 1 if step else None)
+
+    def write(self, record: dict) -> None:
+        for name, value in record.items():
+            numbers = value if isinstance(value, list) else [value]
+            for k, number in enumerate(numbers, 1):
+                tag = f"{name}/{k}" if isinstance(value, list) else name
+                self.writer.add_scalar(tag, number, record["step"])
+        self.writer.flush()
+
+
+def write_log(path: Path, record: dict, board: Board | None = None) -> None:
+    """Appends a record, a line of JSON, in one of the processes; also to the board, where there is one.
+
+    Raises BadInput on a full disk.
+    """
     if RANK > 0:
         return
+    if board:
+        board.write(record)
     try:
         with open(path, "a", newline="\n") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")

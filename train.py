@@ -31,14 +31,14 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from baselines import build
-from common import (BadInput, autocast, configure, load_checkpoint, measure_roof, pick_device, precision, run,
-                    save_checkpoint, write_whole)
+from common import (BadInput, autocast, configure, load_checkpoint, measure_roof, optional, pick_device,
+                    precision, run, save_checkpoint, write_whole)
 from fast import compile_training, compiles, fuse_norms
 from model import Config, training_flops
 from prepare import Data
-from runs import (LOCAL_RANK, RANK, WORLD, Progress, Stop, add_up, check_finite, check_new, check_resumed,
-                  check_source, cut_log, distribute, evaluate, exact, largest, lock, log_state, say,
-                  say_stopped, take_shape, take_weights, write_log)
+from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
+                  check_resumed, check_source, cut_log, distribute, evaluate, exact, largest, lock,
+                  log_state, say, say_stopped, take_shape, take_weights, write_log)
 from schedule import BudgetController, learning_rate, make_optimizer, router_rate
 
 
@@ -70,6 +70,7 @@ class Train(Config):
     dtype: str = ""  # of matrix products, bfloat16 or float32; empty: what the device does well
     compile: bool | None = None  # torch.compile each block; None: on CUDA only
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+    tensorboard: bool = False  # write the numbers of log.jsonl for TensorBoard too, into out
 
     def __post_init__(self) -> None:
         with torch.device("meta"):  # costs nothing, and raises ValueError for what cannot be built
@@ -103,6 +104,8 @@ def train(config: Train) -> dict:
     out = Path(config.out)
     path = out / "ckpt.pt"
     log = out / "log.jsonl"
+    if config.tensorboard:
+        optional("tensorboard", "--tensorboard")
     held = lock(out) if RANK == 0 else None  # until train returns
 
     # The model and what trains it: new, or as its last checkpoint has it.
@@ -148,6 +151,7 @@ def train(config: Train) -> dict:
         f"{config.global_batch_size} × {config.block_size} tokens a step, {share // micro} forward(s) of "
         f"{micro} per process; matrix roof {roof / 1e12:.2f} TFLOP/s")
     hidden = RANK > 0 or not sys.stderr.isatty()
+    board = Board(out, at.step) if config.tensorboard and RANK == 0 else None
     bar = tqdm(initial=at.step, total=config.max_steps, unit="step", dynamic_ncols=True, disable=hidden)
     stop = Stop()
     stopping = False
@@ -166,7 +170,7 @@ def train(config: Train) -> dict:
             check_finite(result, step, path)
             at.best = min(at.best, result["val_loss"])
             at.result = {"step": step} | result
-            write_log(log, at.result)
+            write_log(log, at.result, board)
 
         # Save, and only then print: a terminal may fail.
         saves = ends or stopping or step % config.save_every == 0
@@ -261,7 +265,7 @@ def train(config: Train) -> dict:
                 "step": at.step, "tokens": at.step * step_tokens, "loss": metrics["loss"],
                 "ce": metrics["ce"], "ada": metrics["ada"], "tau": tau, "latent_steps": latent,
                 "reached": reached, "grad_norm": metrics["grad_norm"], "lr": rate, "tokens_per_second": speed,
-                "flops": training_flops(at.products, at.attention), "mfu": mfu})
+                "flops": training_flops(at.products, at.attention), "mfu": mfu}, board)
         shown = f"train {metrics['loss']:.4f}  latent {latent:.2f}  τ {tau:.4f}  {speed:,.0f} tok/s"
         bar.set_postfix_str(shown, refresh=False)
         bar.update()

@@ -666,3 +666,24 @@ def test_too_little_gpu_memory_is_one_line(monkeypatch, capsys):
 
 if __name__ == "__main__":
     in_two_processes(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+def test_tensorboard_shows_what_the_log_has(data, tmp_path, monkeypatch, refused):
+    """… once each, of a resumed run too; and where its package is missing nothing is written."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = SMALL | dict(out=str(tmp_path / "run"), data=str(data), tensorboard=True)
+    train(Train(**settings | dict(max_steps=4)))
+    train(Train(**settings, resume=True))
+    shown = events.EventAccumulator(str(tmp_path / "run"))
+    shown.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "tau", "flops", "val_loss", "val_steps"):
+        wanted = [(row["step"], row[name]) for row in rows if name in row]
+        found = [(event.step, event.value) for event in shown.Scalars(name)]
+        assert [step for step, _ in found] == [step for step, _ in wanted]
+        assert [value for _, value in found] == pytest.approx([value for _, value in wanted])
+    reached = [row["reached"][2] for row in rows if "reached" in row]
+    assert [event.value for event in shown.Scalars("reached/3")] == pytest.approx(reached)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert "pip install tensorboard" in refused("--tensorboard", f"--data={data}", f"--out={tmp_path}/other")
+    assert not (tmp_path / "other").exists()
