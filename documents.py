@@ -240,6 +240,11 @@ def _unpack_zst(file) -> Iterator[tuple[bytes, int]]:
         raise EOFError("it ends before its last frame does")
 
 
+def validates(digest: bytes, val_fraction: float) -> bool:
+    """Whether the document with this SHA-256 is validation text."""
+    return int.from_bytes(digest[16:20], "big") < int(val_fraction * 2**32)
+
+
 class Hashes:
     """A set of numbers below 2**64 in 16 to 32 bytes each; a Python set of digests takes over 100."""
 

@@ -39,7 +39,8 @@ from documents import encode, find_files, read_pieces
 from log import Cache, pad
 from model import LLaMA
 from page import explain, html_page
-from prepare import Data, describe, dtype_of
+from prepare import Data
+from tokenizer import describe, dtype_of
 
 TAUS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # what --sweep tries; 0 always thinks to the end
 MOST = 1_000_000  # tokens of a run's own val.bin that are read, unless --max_tokens says otherwise

@@ -31,10 +31,13 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
+from bpe import train_bpe
 from common import BadInput, configure, reason, run
 from documents import (  # noqa: F401
-    RECORDS, Hashes, Piece, encode, find_files, kind, read_documents, read_pieces, standard_library)
-from tokenizer import END, describe, dtype_of, get_tokenizer, ranks_to_text, restore_tokenizer
+    RECORDS, Hashes, Piece, encode, find_files, kind, read_documents, read_pieces, standard_library,
+    validates)
+from tokenizer import (END, GPT2_PATTERN, describe, dtype_of, get_tokenizer, make_tokenizer, ranks_to_text,
+                       restore_tokenizer)
 
 BATCH = 2**22  # characters that are encoded at once
 
@@ -42,7 +45,7 @@ BATCH = 2**22  # characters that are encoded at once
 @dataclass
 class Prepare:
     input: list[str] = field(default_factory=list)  # files or folders; empty: Python's standard library
-    tokenizer: str = "bytes"  # bytes, a tiktoken name (gpt2, …), a path to ranks.tiktoken, or a run: its own
+    tokenizer: str = "bytes"  # bytes, bpe:1024 (made here), a tiktoken name, a path to ranks, a run: its own
     name: str = ""  # folder under out; empty: python, or the first input's name
     out: str = "data"  # where the folder goes
     val_fraction: float = 0.05  # share of the documents that becomes validation text
@@ -72,7 +75,7 @@ class Writer:
         self.folder = folder
         self.tokenizer = tokenizer
         self.dtype = dtype_of(tokenizer)
-        self.threshold = int(val_fraction * 2**32)
+        self.val_fraction = val_fraction
         self.files = {split: open(folder / f"{split}.bin", "wb") for split in ("train", "val")}
         self.counts = {split: {"documents": 0, "bytes": 0, "tokens": 0} for split in self.files}
         self.counts |= {"identical": 0, "skipped": 0}
@@ -110,7 +113,7 @@ class Writer:
         if not self.seen.add(int.from_bytes(digest[:8], "big")):
             self.counts["identical"] += 1
             return "none"
-        return "val" if int.from_bytes(digest[16:20], "big") < self.threshold else "train"
+        return "val" if validates(digest, self.val_fraction) else "train"
 
     def skip(self, document: Document, why: str) -> None:
         document.split = "none"
@@ -199,7 +202,11 @@ def prepare(config: Prepare) -> Path:
     if not name or name.startswith(".") or Path(name).name != name:
         raise BadInput(f"--name={name} must be the name of a folder in {config.out}, such as --name=books")
     folder = Path(config.out) / name
-    tokenizer = get_tokenizer(config.tokenizer)
+    if config.tokenizer.startswith("bpe:"):
+        ranks = train_bpe(files, config, GPT2_PATTERN)
+        tokenizer = make_tokenizer("bpe", GPT2_PATTERN, ranks)
+    else:
+        tokenizer = get_tokenizer(config.tokenizer)
     settings = {key: value for key, value in asdict(config).items() if key not in ("name", "out")}
     inputs = {str(path): f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}" for path in files}
     meta = {"settings": settings, "inputs": inputs, "tokenizer": describe(tokenizer)}

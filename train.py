@@ -190,7 +190,7 @@ def train(config: Train) -> dict:
             result = evaluate(model, data, config, micro, device, stop)
             at.result = {"step": 0} | result if result else {}
             if result:
-                write_log(log, at.result)
+                write_log(log, at.result, board)
         if result:
             validation = f"val {result['val_loss']:.4f}  latent {result['val_steps']:.2f}"
             say(f"step {step:>6}  {validation}  {shown}")

@@ -15,7 +15,7 @@ import reference
 from baselines import METHODS
 from conftest import uneven
 from page import BAR, Piece, bar, contexts, explain, html_page, painted, whole_characters, words
-from prepare import get_tokenizer, make_tokenizer
+from tokenizer import get_tokenizer, make_tokenizer
 
 BYTES = get_tokenizer("bytes")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

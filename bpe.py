@@ -1,0 +1,59 @@
+"""A small byte-pair encoding of one's own text: python prepare.py --tokenizer=bpe:1024.
+
+What is notable here:
+* The package `tokenizers` learns it. What is kept are ranks, as of every tokenizer, and tiktoken encodes.
+* It is learnt from documents that become training text: validation text stays unseen.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from common import BadInput, optional
+from documents import read_pieces, validates
+from tokenizer import alphabet
+
+MOST = 2**28  # characters that are read
+EACH = 2**20  # of each document
+
+
+def train_bpe(files: list[Path], config, pattern: str) -> dict[bytes, int]:
+    """The ranks that --tokenizer=bpe:N of config, a Prepare, wants: N tokens with <|endoftext|>, none beyond
+    a word of `pattern`. Raises BadInput.
+    """
+    size = config.tokenizer.removeprefix("bpe:")
+    if not size.isdecimal() or not 258 <= int(size) <= 2**16:
+        raise BadInput(f"--tokenizer={config.tokenizer}: want the size of the vocabulary, from 258 to 65536, "
+                       "as in bpe:1024")
+    tokenizers = optional("tokenizers", f"--tokenizer={config.tokenizer}")
+    words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    as_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, as_letters])
+    letters = {letter: byte for byte, letter in enumerate(alphabet())}
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=int(size) - 1, initial_alphabet=list(letters),
+                                             show_progress=False)
+    learner.train_from_iterator(training_text(files, config), trainer)
+    ranks = {bytes([i]): i for i in range(256)}
+    vocabulary = learner.get_vocab()
+    for token in sorted(vocabulary, key=vocabulary.get):  # in the order in which they were merged
+        ranks.setdefault(bytes(letters[letter] for letter in token), len(ranks))
+    return ranks
+
+
+def training_text(files: list[Path], config) -> Iterator[str]:
+    """The beginnings of the documents that do not become validation text, as long as MOST allows."""
+    left = MOST
+    for path in files:
+        text, digest = "", hashlib.sha256()
+        for piece in read_pieces(path, config.key, config.separator.replace("\\n", "\n")):
+            digest.update((piece.text or "").encode("utf-8", "replace"))
+            text += (piece.text or "")[: EACH - len(text)]
+            if not piece.ends:
+                continue
+            if left > 0 and not validates(digest.digest(), config.val_fraction):
+                yield text
+                left -= len(text)
+            text, digest = "", hashlib.sha256()
+        if left <= 0:
+            return
