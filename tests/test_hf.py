@@ -98,6 +98,17 @@ def test_old_config_json_and_bfloat16_weights(tmp_path, call):
     torch.testing.assert_close(ours(text()).logits, model(text()).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path):
+    given = SHAPE | {"model_type": "qwen3", "tie_word_embeddings": False}
+    given.pop("rms_norm_eps")
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    ours, end = hf.read_config(tmp_path, None)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert (ours.head_dim, ours.norm_eps, ours.rope_theta, end) == (
+        theirs.head_dim, theirs.rms_norm_eps, theirs.rope_parameters["rope_theta"], 256)
+    assert hf.sliding_window({"model_type": "mistral"}) == transformers.MistralConfig().sliding_window
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
 def test_a_scaled_embedding_goes_out_as_a_larger_one(tied, tmp_path, call):
