@@ -20,7 +20,7 @@ import typing
 from pathlib import Path
 
 _FIELDS = {  # range → fields of any script that must lie in it, each item of a list; None is always allowed
-    "in [0, 1]": "tau warmup",
+    "in [0, 1]": "tau warmup course",
     "in (0, 1]": "norm_eps top_p",
     "in [0, 1)": "beta1 beta2",
     "in (0, 1)": "val_fraction",
@@ -38,7 +38,7 @@ _FIELDS = {  # range → fields of any script that must lie in it, each item of 
     "in [2, 1e9]": "max_tokens",
     "in [0, 1e9]": "vocab_size n_kv_head head_dim micro_batch_size top_k keep_every rate_steps",
     "in [1, 1e9]": "max_steps global_batch_size eval_every eval_windows save_every log_every rounds seeds "
-                   "lengths stride batch batch_size limit max_new_tokens num_samples",
+                   "lengths documents stride batch world batch_size limit max_new_tokens num_samples",
     "not empty": "input text out data run runs results tokenizer key file",
 }
 RANGES = {name: text for text, names in _FIELDS.items() for name in names.split()}

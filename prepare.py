@@ -3,6 +3,7 @@
     python prepare.py                              the standard library of this Python, as bytes → data/python
     python prepare.py --input pile/*.jsonl.zst --tokenizer gpt2 --name pile
     python prepare.py --input stories.txt --separator="<|endoftext|>"
+    python prepare.py --task=hops                  a task of known difficulty → data/hops
 
 What is notable here:
 * It needs no network: the default corpus is on every machine, and a tokenizer can be a file of ranks.
@@ -24,7 +25,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ class Prepare:
     out: str = "data"  # where the folder goes
     val_fraction: float = 0.05  # share of the documents that becomes validation text
     key: str = "text"  # the field of a .jsonl record or the column of a .parquet file
+    task: str = ""  # hops: makes the text of a task of known difficulty (tasks.py) instead of reading any
     separator: str = ""  # what stands between the documents of a text file; empty: a file is one document
 
 
@@ -196,8 +198,12 @@ def cut_tail(folder: Path, counts: dict, fraction: float, tokenizer: tiktoken.En
 
 def prepare(config: Prepare) -> Path:
     """Writes the folder and returns it. Raises BadInput; then nothing has been written."""
-    files = find_files(config.input) if config.input else standard_library()
-    source = Path([*config.input, "python"][0]).resolve().name
+    if config.task not in ("", "hops"):
+        raise BadInput(f"--task={config.task} is not known; want hops")
+    if config.task and (config.input or config.separator or config.tokenizer != "bytes"):
+        raise BadInput("--task makes its own text, of bytes: leave --input, --separator and --tokenizer out")
+    files = find_files(config.input) if config.input else [] if config.task else standard_library()
+    source = Path([*config.input, config.task or "python"][0]).resolve().name
     name = config.name or source.lstrip(".").split(".")[0]
     if not name or name.startswith(".") or Path(name).name != name:
         raise BadInput(f"--name={name} must be the name of a folder in {config.out}, such as --name=books")
@@ -217,6 +223,11 @@ def prepare(config: Prepare) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as temporary:
             new = Path(temporary) / name
             new.mkdir()
+            if config.task:
+                from tasks import hops  # which imports torch
+                files = [Path(temporary) / "task.txt"]
+                files[0].write_text("".join(hops()), encoding="utf-8")
+                config = replace(config, separator="\n")
             meta |= write(files, config, tokenizer, new)
             (new / "ranks.tiktoken").write_bytes(ranks_to_text(tokenizer))
             (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
@@ -236,7 +247,7 @@ def is_prepared(folder: Path, wanted: dict) -> bool:
         return False
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        settings = {"separator": ""} | meta["settings"]  # a folder of old says neither this nor its inputs
+        settings = {"separator": "", "task": ""} | meta["settings"]  # a folder of old has neither, nor inputs
         same = settings == wanted["settings"] and meta["tokenizer"] == wanted["tokenizer"]
         inputs = meta.get("inputs", wanted["inputs"])
         changed = sorted(path for path, _ in inputs.items() ^ wanted["inputs"].items())

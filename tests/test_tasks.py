@@ -1,0 +1,89 @@
+"""The task of known difficulty: its documents are right, and what is told of a model is true."""
+
+import json
+
+import pytest
+import torch
+
+import prepare
+import tasks
+from prepare import Data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(tasks, "DOCUMENTS", 300)
+    patch.setattr(tasks.hops, "__defaults__", (300, 0))
+    prepare.prepare(prepare.Prepare(task="hops", out=str(folder)))
+    patch.undo()
+    return folder / "hops"
+
+
+def test_every_answer_follows_from_its_table():
+    documents = list(tasks.hops(50, seed=3))
+    assert len(set(documents)) == 50 and documents == list(tasks.hops(50, seed=3))
+    for document in documents:
+        table, questions = document.strip().split(";")
+        image = dict(table.split())
+        asked = questions.split()
+        assert sorted(image) == sorted(image.values()) == list(tasks.SYMBOLS)
+        assert len({question[:2] for question in asked}) == len(asked) == len(tasks.SYMBOLS) * tasks.HOPS
+        for x, hops, y in asked:
+            for _ in range(int(hops)):
+                x = image[x]
+            assert x == y
+
+
+class Oracle:
+    """Knows the answer to questions of at most two hops, says "a" to the others, and takes h steps at them."""
+
+    def __init__(self, block_size=256):
+        self.embed = torch.nn.Embedding(257, 1)
+        self.config = type("Config", (), {"block_size": block_size})
+
+    def __call__(self, idx):
+        logits = torch.zeros(*idx.shape, 257)
+        steps = torch.zeros(idx.shape)
+        for row, text in enumerate(idx.tolist()):
+            text = bytes(text).decode()
+            image = dict(text.split(";")[0].split())
+            for i in range(text.index(";") + 2, len(text), 4):
+                x, hops = text[i - 1], int(text[i])
+                steps[row, i] = hops
+                for _ in range(hops):
+                    x = image[x]
+                logits[row, i, ord(x if hops < 3 else "a")] = 1
+        return type("Output", (), {"logits": logits, "steps": steps})
+
+
+def test_accuracy_and_steps_are_counted_where_a_question_ends(data):
+    *rows, elsewhere = tasks.answers(Oracle(), Data(str(data), 1), 8)
+    assert [row["hops"] for row in rows] == [1, 2, 3, 4] == [row["steps"] for row in rows]
+    assert [row["accuracy"] for row in rows[:2]] == [1, 1] and elsewhere["steps"] == 0
+    assert all(0.05 < row["accuracy"] < 0.35 for row in rows[2:]), "one answer in six is a"
+
+
+def test_the_command(data, tmp_path, call, monkeypatch):
+    from train import Train, train
+    shape = dict(n_layer=1, n_head=2, n_embd=16, n_ff=24, block_size=128, max_steps=1, global_batch_size=2,
+                 eval_windows=2, device="cpu", tau=0.0)
+    train(Train(data=str(data), out=str(tmp_path / "run"), **shape))
+    out, _ = call("tasks", tmp_path / "run", f"--data={data}", "--documents=4", "--max_latent=1",
+                  f"--json={tmp_path}/hops.json")
+    found = json.loads((tmp_path / "hops.json").read_text())
+    assert "| elsewhere" in out and len(found["rows"]) == 5 and found["rows"][0]["steps"] == 1
+
+
+@pytest.mark.parametrize("arguments,words", [
+    (["--task=jumps"], ["jumps", "hops"]), (["--task=hops", "--input", "x.txt"], ["--input"]),
+    (["--task=hops", "--tokenizer=gpt2"], ["--tokenizer"])])
+def test_a_task_that_cannot_be(arguments, words, call, tmp_path):
+    err = call("prepare", *arguments, f"--out={tmp_path}/data", code=2)[1]
+    assert all(word in err for word in words) and not (tmp_path / "data").exists()
+
+
+def test_other_data_and_short_contexts_are_refused(data, tmp_path, call):
+    with pytest.raises(ValueError, match="do not fit block_size 64"):
+        tasks.answers(Oracle(64), Data(str(data), 1), 8)
