@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from log import Cache, States
-from model import AdaptiveLatentCoT, Config, LLaMA, constant
+from model import AdaptiveLatentCoT, Config, LLaMA
+
+
+def constant(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Executed steps (N,) and reach (N, steps) where each of the N tokens takes so many steps."""
+    reach = torch.ones(len(x), steps, device=x.device)
+    return reach.sum(1), reach
 
 
 def interleave(states: States, n: int, of: int) -> States:
@@ -162,8 +168,8 @@ class MoR(LLaMA):
             done = done.index_add(0, index, (h + first[index]) * (depth[index] == r)[:, None])
             if r == n - 1:
                 break
-            who, chosen = who.select(depth[index] > r)
-            if len(chosen) == 0:
+            who, chosen, due = who.select(depth[index] > r, self.agree)
+            if not due:
                 break
             h, index = F.embedding(chosen, h), index[chosen]
         last = self.one_pass(done, states, cache.logs[n + 1], layers[-1:])

@@ -4,6 +4,7 @@
     python bench.py flops config/410m.py       by formula alone: too big to execute here
     python bench.py speed                      training, prefill and decoding; time ratio against FLOP ratio
     python bench.py growth                     time per token against the context, and against ℓ_max
+    python bench.py memory config/7b.py        what each of --world sharded processes holds, what fits a GPU
 
 What is notable here:
 * Adaptive is forced to a mean number of latent steps (costs.py): nothing needs to be trained.
@@ -32,18 +33,20 @@ from tqdm import tqdm
 from baselines import METHODS
 from common import (BadInput, about, autocast, check_output, configure, load_checkpoint, measure_roof,
                     pick_device, precision, run, table, timed, write_whole)
-from costs import bytes_read, costs, counted, going_on, made_up_steps, make
+from costs import (bytes_read, costs, counted, fitting, going_on, made_up_steps, make, memory,
+                   training_flops)
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
-from model import AdaptiveLatentCoT, Cache, Config, LLaMA, training_flops
+from model import AdaptiveLatentCoT, Cache, Config, LLaMA
 
 
 @dataclass
 class Bench(Config):
-    what: str = ""  # flops, speed or growth
+    what: str = ""  # flops, speed, growth or memory
     methods: list[str] = field(default_factory=list)  # some of vanilla, adaptive, loop, …; none: all
     checkpoint: str = ""  # flops: take shape and mean latent steps of this trained model
     mean_latent: float | None = None  # latent steps that adaptive is forced to; None: 1.5, at most max_latent
-    batch: int = 8  # flops, speed: sequences at once
+    batch: int = 8  # flops, speed, memory: sequences at once
+    world: int = 8  # memory: processes, each with a GPU
     rounds: int = 7  # speed, growth: rounds, each of which times every method once
     contexts: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])  # growth: block_size
     device: str = ""  # speed, growth: cpu, cuda or cuda:N; empty: cuda where there is one
@@ -56,8 +59,8 @@ class Bench(Config):
         self.methods = self.methods or list(METHODS)
         if self.mean_latent is None:
             self.mean_latent = min(1.5, self.max_latent)
-        if self.what not in ("flops", "speed", "growth"):
-            raise ValueError(f"what to measure is {self.what!r}, but must be flops, speed or growth")
+        if self.what not in BENCHES:
+            raise ValueError(f"what to measure is {self.what!r}, but must be one of {', '.join(BENCHES)}")
         if self.method != "adaptive":
             raise ValueError(f"--method={self.method} is not read here; name the methods with --methods")
         for name in self.methods:
@@ -342,13 +345,36 @@ def bench_growth(bench: Bench) -> tuple[str, dict]:
     return name, {"microseconds_per_token": micro}
 
 
+# ----------------------------------------------------------------------------------------------------- memory
+
+
+def bench_memory(bench: Bench) -> tuple[str, dict]:
+    """The same for the memory of train.py --shard, by formula: products in bfloat16 unless dtype says not."""
+    model = make(bench.config_of("adaptive"), "meta")
+    shared = dict(model=model, world=bench.world, low=bench.dtype != "float32")
+    ways = {"all kept": False, "--checkpointing": True}
+    parts = {way: memory(batch=bench.batch, checkpointing=flag, **shared) for way, flag in ways.items()}
+    rows = [[name, *(f"{parts[way][name] / 1e9:.2f}" for way in ways)] for name in parts["all kept"]]
+    rows.append(["at the peak", *(f"{sum(parts[way].values()) / 1e9:.2f}" for way in ways)])
+    print(table([f"GB in each process, {bench.batch} × {bench.block_size} tokens at once", *ways], rows))
+    fits = {f"{size} GB": [fitting(0.9e9 * size, checkpointing=flag, **shared) for flag in (False, True)]
+            for size in (80, 141)}
+    print("\n" + table(["--micro_batch_size that fits", *ways], [[name, *fits[name]] for name in fits]))
+    host = bench.world * parts["all kept"]["weights"] / 1e9  # each process builds it, then keeps its share
+    print(f"\nAll {bench.max_latent} latent steps taken, blocks not compiled; a tenth is left to CUDA. "
+          f"Each process first builds the model in {host:.1f} GB of its machine's memory")
+    return f"memory-{bench.n_layer}x{bench.n_embd}.json", {"world": bench.world, "bytes": parts, "fits": fits}
+
+
+BENCHES = {"flops": bench_flops, "speed": bench_speed, "growth": bench_growth, "memory": bench_memory}
+
+
 def main() -> None:
     bench = configure(Bench, positional=("what",), default=TINY, also="train.py")
     machine = about()
-    folder = Path(bench.results)
-    check_output(folder / "flops.json", "--results", make=True)
-    name, record = {"flops": bench_flops, "speed": bench_speed, "growth": bench_growth}[bench.what](bench)
-    write_whole(folder / name, json.dumps(machine | record, indent=1, allow_nan=False) + "\n")
+    check_output(Path(bench.results) / "flops.json", "--results", make=True)
+    name, record = BENCHES[bench.what](bench)
+    write_whole(Path(bench.results) / name, json.dumps(machine | record, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ What is notable here:
 import importlib
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 import time
@@ -179,14 +180,14 @@ def check_tensor(where: str, tensor, like) -> None:
         raise BadInput(f"{where} is not finite: it holds a NaN or an infinity")
 
 
-def save_checkpoint(path: str | Path, model, tokenizer, **rest) -> None:
-    """Writes the model, its tokenizer and `rest` (plain values and tensors).
+def save_checkpoint(path: str | Path, model, tokenizer, weights=None, **rest) -> None:
+    """Writes the model, its tokenizer and `rest` (plain values and tensors). weights: instead of the model's.
 
     Raises BadInput, and leaves an older file alone, where a weight is not finite or the disk is full.
     """
     import torch
     from tokenizer import describe, ranks_to_text
-    weights = model.state_dict()
+    weights = model.state_dict() if weights is None else weights
     for name, tensor in weights.items():
         check_tensor(f"{path} is not written: {name}", tensor, tensor)
     ranks = torch.frombuffer(bytearray(ranks_to_text(tokenizer)), dtype=torch.uint8)
@@ -194,11 +195,15 @@ def save_checkpoint(path: str | Path, model, tokenizer, **rest) -> None:
     about_model = {"format": FORMAT, "config": config, "model": weights}
     with whole(path) as file:
         torch.save(about_model | {"tokenizer": describe(tokenizer), "ranks": ranks} | rest, file)
+    for folder in Path(path).parent.glob(Path(path).stem + ".[ab]"):  # parts of an older file (shard.py)
+        if folder.name != rest.get("parts") and (folder / ".metadata").exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def load_checkpoint(path: str | Path, device="cpu"):
+def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
     """path: a run's folder or a file → model (in eval mode), tokenizer, checkpoint (a dict).
 
+    parts: whether to read a model that lies in parts beside the file (shard.py); if not, it is None.
     Runs no code that the file may hold. Raises BadInput for a file that is missing, damaged or not ours.
     """
     import torch
@@ -225,13 +230,20 @@ def load_checkpoint(path: str | Path, device="cpu"):
         config = Config(**checkpoint["config"])
         with torch.device("meta"):  # allocates nothing, whatever sizes the file names
             expected = build(config).state_dict()
+        tokenizer = restore_tokenizer(checkpoint["tokenizer"], bytes(checkpoint["ranks"].cpu().numpy()))
+        if "parts" in checkpoint and not parts:
+            return None, tokenizer, checkpoint
+        if "parts" in checkpoint:
+            from shard import load_parts
+            tensors = {f"model.{name}": torch.empty_like(t, device=device) for name, t in expected.items()}
+            load_parts(path.with_name(Path(checkpoint["parts"]).name), tensors, together=False)
+            checkpoint["model"] = {name.removeprefix("model."): t for name, t in tensors.items()}
         if expected.keys() != checkpoint["model"].keys():
             raise ValueError(f"its weights are not those of {config.method}")
         for name, tensor in checkpoint["model"].items():
             check_tensor(f"{path}: {name}", tensor, expected[name])
         model = build(config).to(device)
         model.load_state_dict(checkpoint["model"])
-        tokenizer = restore_tokenizer(checkpoint["tokenizer"], bytes(checkpoint["ranks"].cpu().numpy()))
     except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, BadInput):
             raise

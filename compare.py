@@ -62,6 +62,7 @@ class Compare(Config):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     budget: float | None = None  # mean latent steps per token of adaptive, met by moving τ; None: τ stays
+    course: float = 0.5  # share of the steps over which their aim comes to the budget, from max_latent; 0: none
     eval_windows: int = 128  # windows of validation text, the same for every run
     device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
@@ -231,7 +232,9 @@ class Runs:
         often = max(1, run.max_steps // 10)
         values = {name: getattr(self.settings, name) for name in TRAINED} | asdict(run)
         values |= {"out": out, "eval_every": often, "save_every": often, "resume": (out / "ckpt.pt").exists()}
+        scaling = [str(number) for number in values.pop("rope_scaling")]  # the one list
         flags = [f"--{name}={value}" for name, value in values.items() if value != ""]
+        flags += ["--rope_scaling", *scaling] if scaling else []
         threads = max(1, torch.get_num_threads() // self.settings.jobs)
         errors = Path(f"{out}.stderr")
         with open(errors, "w") as stderr:  # in a session of its own, so that Ctrl-C reaches us alone

@@ -17,7 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import build
 from common import BadInput
-from model import AdaptiveLatentCoT, Config, LLaMA, training_flops
+from model import CHUNK, AdaptiveLatentCoT, Config, LLaMA
+
+
+def training_flops(products: float, attention: float) -> float:
+    """Forward and backward: a matrix product's backward is two of its kind, fused attention's is 2.5."""
+    return 3 * products + 3.5 * attention
 
 
 def going_on(mean: float, most: int) -> float:
@@ -132,3 +137,50 @@ def bytes_read(model: LLaMA, steps: Tensor) -> float:
         if queries.any():
             read += layers * (weights + int(keys) * (block.wk.out_features + block.wv.out_features))
     return read * model.head.weight.itemsize
+
+
+def memory(model: LLaMA, batch: int, world: int, checkpointing: bool, low: bool = True,
+           masks: bool = False) -> dict[str, float]:
+    """Bytes that each of `world` sharded processes holds at the peak of a training step, part by part.
+
+    Of an adaptive model (on the meta device: nothing is allocated) and a micro-batch of `batch` full
+    contexts, where every token takes every step: the most that can be. low: products in bfloat16, else all in
+    float32. masks: attention reads additive masks, as on a CPU. Counted from what blocks keep that are not
+    compiled; gradients of earlier micro-batches are there.
+    """
+    config = model.config
+    d, f, V, L, K = config.n_embd, config.n_ff, config.vocab_size, config.n_layer, config.max_latent
+    c = 2 if low else 4  # bytes of an operand
+    kv = model.blocks[0].wk.out_features + model.blocks[0].wv.out_features
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    total = sum(p.numel() for p in model.parameters())
+    n = batch * config.block_size  # tokens, and states of a pass
+    states = n * (K + 1)
+    norms = 30 * d if low else 24 * d  # per state: inputs of two norms, of seven products, and of attention
+    kept = norms + 4 * c * f + 4 * config.n_head
+    head = min(n * V, CHUNK)  # logits at once
+    outside = states * ((12 if low else 8) * d + 8 * d // config.n_head) + 4 * n * d  # norm, RoPE, mixture
+    columns = K + 1 if checkpointing else (K + 1) * (K + 2) // 2  # each pass keeps the keys that it joined
+    activations = L * states * (4 * d if checkpointing else kept)
+    if masks:
+        outside += 4 * n * config.block_size * (K + 1) * (K + 2) // 2
+    logits = head * c * (n * V <= CHUNK)
+    works = 3 * c * block + 4 * block * (1 + 1 / world)  # gathered, the next, gradient; its reduction in fp32
+    works += 4 * V * d + logits + c * n * (3 * f + 2 * d)  # gradients of the head and inside a block
+    if checkpointing:
+        works += n * kept + c * n * kv * (K + 1)
+    later = works + L * K * c * n * kv - activations / (K + 1)  # after one pass: gradients of older keys
+    loss = (18 if low else 16) * head + 2 * c * block
+    return {
+        "weights": 4 * total / world, "gradients": 4 * total / world, "AdamW's moments": 8 * total / world,
+        "gathered: embedding, head": 4 * (total - L * block) + c * V * d * low,
+        "activations": activations + outside, "keys and values": L * c * n * kv * columns,
+        "at work: a block, or the loss": max(works, later, loss)}
+
+
+def fitting(size: float, **settings) -> int:
+    """The largest micro-batch whose peak stays below `size` bytes; settings: what memory takes but batch."""
+    batch = 0
+    while sum(memory(batch=batch + 1, **settings).values()) < size:
+        batch += 1
+    return batch

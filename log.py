@@ -19,6 +19,7 @@ of keys and values, hd width of a head.
 import copy
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,19 +49,26 @@ class States:
         """One state for each row, at positions and latent steps (B,)."""
         return cls(pos, pos, column, torch.arange(len(pos), device=pos.device), None, len(pos), 1, deepest)
 
-    def select(self, live: Tensor) -> "tuple[States, Tensor]":
-        """Those where live (N,) is true, and their indices (n,). Costs a host sync, the only one of a pass.
+    def select(self, live: Tensor, agree: Callable | None = None) -> "tuple[States, Tensor, bool]":
+        """Those where live (N,) is true, their indices (n,), and whether a pass is due. Costs a host sync,
+        the only one of a pass.
+
+        A pass is due where there are any; `agree` makes a count (1,) the largest of all processes, for which
+        one without live states then runs a pass of none, on a grid of empty seats.
         """
         count = torch.zeros(self.B, dtype=torch.long, device=live.device).index_add_(0, self.row, live.long())
-        n, A = torch.stack((count.sum(), count.max())).tolist()
+        sizes = torch.stack((count.sum(), count.max().clamp(min=1), count.sum()))
+        if agree:
+            agree(sizes[2:])
+        n, A, most = sizes.tolist()
         if n == len(live):
-            return self, torch.arange(n, device=live.device)
+            return self, torch.arange(n, device=live.device), most > 0
         index = live.nonzero_static(size=n).squeeze(1)
         row = self.row[index]
         rank = torch.arange(n, device=live.device) - (count.cumsum(0) - count)[row]  # among those of its row
         seat = None if n == self.B * A else row * A + rank
         pos, order, column = self.pos[index], self.order[index], self.column[index]
-        return States(pos, order, column, row, seat, self.B, A, self.deepest), index
+        return States(pos, order, column, row, seat, self.B, A, self.deepest), index, most > 0
 
     def grid(self, packed: Tensor, fill: int = 0) -> Tensor:
         """(N, H, hd) → (B, H, A, hd), `fill` on empty seats."""

@@ -15,7 +15,7 @@ Shapes: B rows, T tokens of a row, N packed states, d width, H heads, G of keys 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn as nn
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from configurator import check_range
 from log import Cache, Log, States, attend, make_mask, pad, rope_table, rotate, spread
 
 CHUNK = 2**27  # logits that are in memory at once where a loss is wanted: half a gigabyte in fp32
@@ -56,17 +57,13 @@ class Config:
     router_bias: float = 2.0  # b at the start: reach 0.88, 0.78, 0.68, so that steps are learnt before pruned
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "n_ff"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        for each in fields(Config):
+            check_range(each.name, getattr(self, each.name), each.name)
         if not self.head_dim and self.n_embd % self.n_head or self.head_width % 2:
             width = f"head_dim {self.head_dim}, or n_embd {self.n_embd} / n_head {self.n_head}"
             raise ValueError(f"the width of a head, {width}, must be a whole and even number")
-        if self.n_kv_head < 0 or self.n_head % (self.n_kv_head or 1):
+        if self.n_head % (self.n_kv_head or 1):
             raise ValueError(f"n_kv_head is {self.n_kv_head}, but must be 0 or divide n_head {self.n_head}")
-        if not (self.max_latent >= 0 and self.lam >= 0 and self.beta >= 0 and 0 <= self.tau <= 1):
-            dials = f"max_latent {self.max_latent}, lam {self.lam}, beta {self.beta}, tau {self.tau}"
-            raise ValueError(f"{dials}: want none negative, and tau in [0, 1]")
 
     @property
     def head_width(self) -> int:
@@ -128,7 +125,7 @@ class Block(nn.Module):
     def before(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What comes before attention: x (N, d) → q (N, H, hd), k and v (N, G, hd)."""
         z = self.attn_norm(x)
-        q, k, v = (w(z).view(len(z), -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        q, k, v = (w(z).unflatten(1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         return rotate(self.q_norm(q), rope).to(v.dtype), rotate(self.k_norm(k), rope).to(v.dtype), v
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
@@ -142,6 +139,7 @@ class LLaMA(nn.Module):
     """Vanilla: one pass. Every other method overrides `think`."""
 
     scale = 1.0  # s: the embedding is multiplied by this (§1)
+    agree = None  # where processes must make the same passes (shard.py): see States.select
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -176,11 +174,11 @@ class LLaMA(nn.Module):
 
     def think(self, x: Tensor, states: States, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, d), scaled embeddings → what the head reads (N, d), executed steps (N,), reach (N, ℓ_max)."""
-        return self.norm(self.one_pass(x, states, cache.logs[0])), *constant(x, 0)
+        reach = torch.zeros(len(x), 0, device=x.device)
+        return self.norm(self.one_pass(x, states, cache.logs[0])), reach.sum(1), reach
 
     def hidden(self, idx: Tensor, cache: Cache, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """All but the head: idx (B, T) → h̄ (N, d), executed steps (N,), reach (N, ℓ_max) of the live tokens.
-        """
+        """All but the head: idx (B, T) → h̄ (N, d), executed steps (N,), reach (N, ℓ_max) of live tokens."""
         T, context = idx.size(1), self.config.block_size
         if cache.length + T > context:
             raise ValueError(f"{cache.length} + {T} tokens exceed the context, block_size {context}")
@@ -334,21 +332,10 @@ def nats_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
 
 
-def constant(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Executed steps (N,) and reach (N, k) where each of the N tokens takes k steps."""
-    reach = torch.ones(len(x), k, device=x.device)
-    return reach.sum(1), reach
-
-
 def expected_steps(reach: Tensor, steps: Tensor) -> Tensor:
     """Σ_{k≥1} r[t,k] of the executed steps: reach (N, ℓ_max) and steps (N,) → (N,)."""
     taken = torch.arange(reach.size(1), device=reach.device) < steps[:, None]
     return (reach * taken).sum(1)
-
-
-def training_flops(products: float, attention: float) -> float:
-    """Forward and backward: a matrix product's backward is two of its kind, fused attention's is 2.5."""
-    return 3 * products + 3.5 * attention
 
 
 class AdaptiveLatentCoT(LLaMA):
@@ -383,8 +370,8 @@ class AdaptiveLatentCoT(LLaMA):
             if k == self.max_latent:
                 break
             asked.append(torch.zeros_like(steps).index_copy(0, index, wanted))
-            states, chosen = states.select(live)
-            if len(chosen) == 0:
+            states, chosen, due = states.select(live, self.agree)
+            if not due:
                 break
             states = replace(states, column=states.column + 1, deepest=k + 1)
             z = F.embedding(chosen, h)  # z[t,k+1] = h[t,k]
@@ -416,5 +403,4 @@ class AdaptiveLatentCoT(LLaMA):
             yield (fed & (steps >= k)).sum(1), keys, len(self.blocks)
 
     def further_products(self, steps: Tensor, fed: Tensor) -> Tensor:
-        weights = sum(p.numel() for p in self.router.parameters() if p.dim() == 2)
-        return 2.0 * weights * ((steps + 1) * fed).sum()
+        return 2.0 * self.config.n_embd * ((steps + 1) * fed).sum()

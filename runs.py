@@ -5,8 +5,6 @@ What is notable here:
 * A checkpoint knows the length and the checksum that the log had then. --resume cuts the log there: a run
   that was killed ends with the log of one that was not, and a log that is another's is left alone.
 * The lock on a folder is the system's own: a process that dies leaves none.
-* A run that starts from another one's weights takes their shape, and keeps the scale of their embedding:
-  without a latent step it says exactly what the other one said.
 """
 
 import errno
@@ -17,20 +15,27 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from common import BadInput, autocast, check_tensor, reason
-from model import Config, LLaMA
+from common import BadInput, autocast, check_tensor, load_checkpoint, precision, reason
+from model import LLaMA
 from prepare import Data
-from tokenizer import describe, same_tokens
+from shard import load_whole, local, resume_parts, shard
+from tokenizer import describe
 
 RANK = int(os.environ.get("RANK", 0))  # which process this is; torchrun sets all three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which on its machine
@@ -38,10 +43,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 DIVERGED = 3  # exit code of a run whose numbers are no longer finite
 FREE = (  # settings that change no number but for rounding: --resume may change them
     "out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "keep_every",
-    "log_every", "device", "compile", "checkpointing", "tensorboard")
-SHAPE = (  # settings that belong to trained weights: --init_from takes them over
-    "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff", "tie_embeddings",
-    "qkv_bias", "qk_norm", "rope_theta", "rope_scaling", "norm_eps")
+    "log_every", "device", "compile", "checkpointing", "tensorboard", "shard")
 
 
 @dataclass
@@ -75,20 +77,65 @@ class Stop:
         if not self.asked:
             self.asked = True
             self.since = time.monotonic()
-            if RANK == 0:  # not by print, which the signal may have interrupted
+            of_torchrun = WORLD > 1 and number == signal.SIGTERM  # as when another process has failed
+            if RANK == 0 and not of_torchrun:  # not by print, which the signal may have interrupted
                 os.write(2, b"\ntrain.py: saves and stops after this step; a second Ctrl-C ends at once\n")
         elif WORLD == 1 or time.monotonic() - self.since > 2:
             os._exit(128 + number)
 
 
+@contextmanager
+def ends_with_the_others() -> Iterator[None]:
+    """Where a process of several fails, the others' collectives fail or wait for ever. So it ends at once,
+    torchrun ends the others, and only the first to fail says why, in one line.
+    """
+    try:
+        yield
+    except Exception as error:
+        if WORLD == 1:
+            raise
+        if first_to_fail():
+            print(failure(error), file=sys.stderr, flush=True)
+        os._exit(2 if isinstance(error, BadInput) else 1)  # at once: threads of collectives may wait for ever
+
+
+def first_to_fail() -> bool:
+    """Counts the failures in the store of torchrun, by which all processes have met."""
+    try:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=5))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"failed processes of attempt {attempt}", 1) == 1
+    except (KeyError, RuntimeError, ValueError):  # it has gone, and torchrun with it
+        return False
+
+
+def failure(error: Exception) -> str:
+    """What befell this process, in one line; where it is no bad input, with the place in our files."""
+    if isinstance(error, BadInput):
+        return f"train.py: {' '.join(str(error).split())}"
+    ours = Path(__file__).parent
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == ours]
+    where = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: " if frames else ""
+    what = f"{where}{type(error).__name__}: {reason(error)}"
+    return f"train.py: process {RANK} of {WORLD} failed, so all end; --resume goes on. {what}"
+
+
 # ----------------------------------------------------------------------------------- numbers of all processes
 
 
-def distribute(model: LLaMA, device: torch.device) -> LLaMA | DistributedDataParallel:
-    """Joins the other processes, and averages gradients with them; the model itself where there are none."""
+def distribute(model: LLaMA, device: torch.device, config) -> LLaMA | DistributedDataParallel:
+    """Moves a model to the device and joins the other processes, where there are any: gradients are averaged
+    over them, and with config.shard weights, gradients and moments are shared out.
+    """
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if WORLD > 1 and config.shard:
+        shard(model, device, precision(device, config.dtype))
+        return model
+    model.to(device)
     if WORLD == 1:
         return model
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     devices = [device] if device.type == "cuda" else None
     with warnings.catch_warnings():  # broadcast_buffers has another name from torch 2.13 on
         warnings.simplefilter("ignore", FutureWarning)
@@ -111,6 +158,25 @@ def add_up(sums: dict[str, Tensor], device: torch.device) -> dict[str, float | T
     return {name: part if sums[name].dim() else part.item() for name, part in zip(sums, parts)}
 
 
+def clip_gradients(model: LLaMA, most: float) -> float:
+    """Scales the gradient down to a norm of `most` (0: not at all), and returns the norm that it had."""
+    norm = clip_grad_norm_(model.parameters(), most or math.inf)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def waiting(executed: list[Tensor], most: int) -> float:
+    """The share of their time in which processes wait for the one that has most live tokens, pass by pass.
+
+    executed: this process's steps (b, T) of each forward. A pass takes as long as its largest number of live
+    tokens: 1 − mean over processes / largest, both summed over the passes.
+    """
+    live = torch.stack([(steps >= k).sum() for steps in executed for k in range(most + 1)])
+    table = torch.zeros(WORLD, len(live), device=live.device)
+    table[RANK] = live
+    dist.all_reduce(table)
+    return 1 - (table.mean(0).sum() / table.amax(0).sum()).item()
+
+
 @torch.no_grad()
 def evaluate(model: LLaMA, data: Data, config, micro: int, device: torch.device, stop: Stop) -> dict:
     """Validation loss (nats per token), perplexity, bits per byte and mean latent steps, on the same windows.
@@ -120,15 +186,17 @@ def evaluate(model: LLaMA, data: Data, config, micro: int, device: torch.device,
     zero = torch.zeros((), dtype=torch.float64, device=exact(device))
     sums = {"nats": zero, "steps": zero, "tokens": zero}
     model.eval()
-    for i in range(RANK * micro, config.eval_windows, WORLD * micro):
-        if stop.asked:
+    for first in range(0, config.eval_windows, WORLD * micro):
+        if add_up({"stop": zero + stop.asked}, device)["stop"]:
             break
-        x, y = data.windows(config.eval_windows, slice(i, i + micro))
+        i = first + RANK * micro
+        counts = i < config.eval_windows  # one that has no windows left still takes part in each pass
+        x, y = data.windows(config.eval_windows, slice(i, i + micro) if counts else slice(0, 1))
         with autocast(device, config.dtype):
             o = model(x.to(device), y.to(device))
-        sums["nats"] = sums["nats"] + o.ce.to(zero.device) * y.numel()
-        sums["steps"] = sums["steps"] + o.steps.sum().to(zero.device)
-        sums["tokens"] = sums["tokens"] + y.numel()
+        sums["nats"] = sums["nats"] + o.ce.to(zero.device) * y.numel() * counts
+        sums["steps"] = sums["steps"] + o.steps.sum().to(zero.device) * counts
+        sums["tokens"] = sums["tokens"] + y.numel() * counts
     model.train()
     sums["stop"] = zero + stop.asked
     total = add_up(sums, device)
@@ -171,10 +239,14 @@ def check_finite(numbers: dict[str, float], step: int, path: Path) -> None:
 
 def largest(model: LLaMA, optimizer: torch.optim.Optimizer) -> float:
     """The largest absolute value among weights and moments: not finite where one of them is not."""
-    tensors = [parameter.detach() for parameter in model.parameters()]
+    tensors = [*model.state_dict().values()]
     for moments in optimizer.state.values():
         tensors += moments.values()
-    return torch.stack([tensor.abs().amax() for tensor in tensors]).amax().item()
+    own = torch.stack([local(tensor).abs().amax() for tensor in tensors if local(tensor).numel()]).amax()
+    if WORLD > 1:
+        own = own.nan_to_num(nan=math.inf)  # which of the two is larger, no backend says
+        dist.all_reduce(own, dist.ReduceOp.MAX)
+    return own.item()
 
 
 # -------------------------------------------------------------------------------------------- lock, log.jsonl
@@ -272,78 +344,6 @@ def cut_log(path: Path, size: int, checksum: str) -> None:
     os.truncate(path, size)
 
 
-# ------------------------------------------------------------------------------------------------- init_from
-
-
-def check_source(config, tokenizer, data: Data) -> None:
-    """Raises BadInput where the model to start from reads other tokens than those of the data."""
-    if not same_tokens(describe(tokenizer), describe(data.tokenizer)):
-        raise BadInput(f"{config.data} was prepared with another tokenizer ({data.tokenizer.name}) than that "
-                       f"of {config.init_from} ({tokenizer.name}): prepare.py --tokenizer={config.init_from} "
-                       "makes its tokens")
-
-
-def take_shape(config, source: LLaMA):
-    """config (a Train) with the shape of the model that it starts from, or that a resumed run started from.
-
-    Raises BadInput where the method cannot have this shape.
-    """
-    shape = {name: getattr(source.config, name) for name in SHAPE} | {"embed_scale": source.scale}
-    unset = Config()
-    unused = [f"{name} {getattr(config, name)}" for name in SHAPE
-              if getattr(config, name) not in (shape[name], getattr(unset, name), 0)]
-    if unused and not config.resume:
-        say(f"the shape is that of {config.init_from}; set otherwise, and not used: {', '.join(unused)}")
-    try:
-        return replace(config, **shape)
-    except ValueError as error:
-        raise BadInput(f"--init_from={config.init_from}: {error}") from None
-
-
-@torch.no_grad()
-def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
-    """Copies what both models have, and says in some lines what was taken over, what is new, what differs.
-
-    A router or a pause embedding is taken over from a model of the same method that was trained with it. A
-    new router that is to meet a budget starts with every reach below τ.
-    """
-    old, new = source.state_dict(), model.state_dict()
-    a, b = source.config, model.config
-    kin = a.method == b.method and a.max_latent > 0
-    fresh = []
-    for name, weight in new.items():
-        core = name.split(".")[0] in ("embed", "blocks", "norm", "head")
-        if core or kin and old[name].shape == weight.shape:
-            weight.copy_(old[name])
-        else:
-            fresh.append(name)
-    lines = [f"{a.method}, {len(new) - len(fresh)} of its {len(old)} weights are taken over"]
-    if fresh:
-        lines.append(f"new: {', '.join(fresh)}")
-    if b.method == "adaptive" and b.max_latent > 0:
-        if kin:
-            model.tau = source.tau
-        elif budget and 0 < model.tau < 1:
-            hold_back(model)
-            lines.append("every first reach is below τ: no latent step at the start; the budget moves τ")
-    for name in ("block_size", "max_latent"):
-        if getattr(a, name) != getattr(b, name):
-            lines.append(f"{name} is {getattr(b, name)}, was {getattr(a, name)}")
-    lines.append(f"the embedding keeps its scale, {model.scale:.4g}")
-    return "\n  ".join(lines)
-
-
-def hold_back(model: LLaMA) -> None:
-    """Gives an untrained router its start in a trained model: r[t,1] < τ for every token, whatever it reads.
-
-    That is so as |w · h| ≤ √d · ‖w ∘ γ‖ for a state h that the last RMSNorm, of weight γ, has put out: w is
-    scaled to keep within 1, and b lies 1 below the logit of τ. What τ then lets in weighs little at first.
-    """
-    width = math.sqrt(model.config.n_embd)
-    model.router.weight /= 1.05 * width * torch.linalg.vector_norm(model.router.weight * model.norm.weight)
-    model.router.bias.clamp_(max=math.log(model.tau / (1 - model.tau)) - 1)
-
-
 # ----------------------------------------------------------------------------------------------------- checks
 
 
@@ -395,6 +395,20 @@ def check_resumed(config, checkpoint: dict, data: Data, optimizer: torch.optim.O
     if step > config.max_steps:
         raise BadInput(f"{config.out} has done {step} steps already: max_steps must be at least that")
     check_moments(f"{path}: optimizer", checkpoint["optimizer"], optimizer)
+
+
+def restore(config, data: Data, model: LLaMA, optimizer: torch.optim.Optimizer) -> dict:
+    """Puts the checkpoint of config.out into model and optimizer, shared out or not, and returns the rest of
+    it. Raises BadInput where it cannot be resumed.
+    """
+    path = Path(config.out) / "ckpt.pt"
+    saved, _, checkpoint = load_checkpoint(path, parts=False)
+    check_resumed(config, checkpoint, data, optimizer)
+    if saved is None:
+        resume_parts(path.with_name(checkpoint["parts"]), model, optimizer, begun=checkpoint["step"] > 0)
+    else:
+        load_whole(model, optimizer, saved.state_dict(), checkpoint["optimizer"])
+    return {name: value for name, value in checkpoint.items() if name not in ("model", "optimizer")}
 
 
 def check_moments(where: str, saved: dict, optimizer: torch.optim.Optimizer) -> None:

@@ -39,6 +39,15 @@ def make_optimizer(model: LLaMA, config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, weight_decay=0.0, fused=True)
 
 
+def budget_at(config, step: int) -> float:
+    """Latent steps per token to aim for. They come to the budget over the share `course` of the training: from
+    ℓ_max, so that every step is learnt before any is pruned; from none where a model starts trained.
+    """
+    start = 0 if config.init_from else config.max_latent
+    progress = min(1.0, (step + 1) / max(1.0, config.course * config.max_steps))
+    return start + (config.budget - start) * progress
+
+
 class BudgetController:
     """Moves the threshold τ so that the mean of executed latent steps is the budget.
 
@@ -53,8 +62,7 @@ class BudgetController:
     span = 12.0  # logits of reach beyond it are counted with it
     bins = 2400
 
-    def __init__(self, budget: float) -> None:
-        self.budget = budget
+    def __init__(self) -> None:
         self.state = None  # logit of τ, and its change in a step; None: before the first step of training
 
     def count(self, reach: Tensor) -> Tensor:
@@ -64,11 +72,10 @@ class BudgetController:
         logits = torch.logit(reach[reach > 0].float()).clamp(-self.span, self.span)
         return torch.histc(logits, self.bins, -self.span, self.span)
 
-    def update(self, counts: Tensor, tokens: int) -> float:
-        """What `count` found among so many tokens → τ of the next step."""
+    def update(self, counts: Tensor, wanted: float) -> float:
+        """What `count` found, and how many of it are to be taken → τ of the next step."""
         counts = counts.flip(0)  # the highest first
         above = counts.cumsum(0)  # at the lower end of each bin
-        wanted = self.budget * tokens
         width = 2 * self.span / self.bins
         i = int(torch.searchsorted(above, wanted, right=True))
         if i < self.bins:

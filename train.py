@@ -19,7 +19,6 @@ answer_help(__file__, default=TINY)
 
 import contextlib
 import json
-import math
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
@@ -27,19 +26,21 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from baselines import build
 from common import (BadInput, autocast, configure, load_checkpoint, measure_roof, optional, pick_device,
                     precision, run, save_checkpoint, write_whole)
+from costs import training_flops
 from fast import compile_training, compiles, fuse_norms
-from model import Config, training_flops
+from init_from import check_source, take_shape, take_weights
+from model import Config
 from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
-                  check_resumed, check_source, cut_log, distribute, evaluate, exact, largest, lock,
-                  log_state, say, say_stopped, take_shape, take_weights, write_log)
-from schedule import BudgetController, learning_rate, make_optimizer, router_rate
+                  clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
+                  log_state, restore, say, say_stopped, waiting, write_log)
+from schedule import BudgetController, budget_at, learning_rate, make_optimizer, router_rate
+from shard import save_shared
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Train(Config):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     budget: float | None = None  # mean latent steps per token, met by moving τ; None: τ stays
+    course: float = 0.5  # share of the steps over which their aim comes to the budget, from max_latent; 0: none
     eval_every: int = 100  # steps between evaluations
     eval_windows: int = 128  # windows of validation text, the same for every method and seed
     save_every: int = 100  # steps between checkpoints
@@ -69,6 +71,7 @@ class Train(Config):
     device: str = ""  # cpu, cuda, cuda:N or mps; empty: cuda where there is one
     dtype: str = ""  # of matrix products, bfloat16 or float32; empty: what the device does well
     compile: bool | None = None  # torch.compile each block; None: on CUDA only
+    shard: bool = False  # share weights, gradients and AdamW's moments out over the processes
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     tensorboard: bool = False  # write the numbers of log.jsonl for TensorBoard too, into out
 
@@ -97,7 +100,7 @@ def train(config: Train) -> dict:
     if config.init_from and not config.resume:
         source, tokenizer, _ = load_checkpoint(config.init_from)
         check_source(config, tokenizer, data)
-        config = take_shape(config, source)
+        config = take_shape(config, replace(source.config, embed_scale=source.scale))
     share = config.global_batch_size // WORLD  # sequences of a process in one step
     micro = min(config.micro_batch_size or share, share)  # and in one forward
     step_tokens = config.global_batch_size * config.block_size
@@ -111,40 +114,35 @@ def train(config: Train) -> dict:
     # The model and what trains it: new, or as its last checkpoint has it.
     torch.manual_seed(config.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
-    saved = None  # the run to go on with
-    if config.resume:
-        saved, _, checkpoint = load_checkpoint(path)
-        config = take_shape(config, saved) if config.init_from else config
-    model = build(config.model_config(config.vocab_size or data.tokenizer.n_vocab)).to(device)
-    optimizer = make_optimizer(model, config)
-    at = Progress()
-    controller = None if config.budget is None else BudgetController(config.budget)
+    if config.resume and config.init_from:  # the shape is that of its source, which the checkpoint knows
+        config = take_shape(config, Config(**load_checkpoint(path, parts=False)[2]["config"]))
+    model = build(config.model_config(config.vocab_size or data.tokenizer.n_vocab))
     if source:
         say(f"starts from {config.init_from}: {take_weights(model, source, config.budget is not None)}")
-    if saved:
-        check_resumed(config, checkpoint, data, optimizer)
-        model.load_state_dict(saved.state_dict())
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    wrapped = distribute(model, device, config)  # averages gradients over all processes
+    optimizer = make_optimizer(model, config)
+    at = Progress()
+    controller = None if config.budget is None else BudgetController()
+    if config.resume:
+        checkpoint = restore(config, data, model, optimizer)
         at = Progress(**{name: checkpoint[name] for name in asdict(at)})
         if controller:
             controller.state = at.threshold
-        model.tau = saved.tau
+        model.tau = checkpoint["config"]["tau"]
         if RANK == 0:
             cut_log(log, *at.log)
         old = learning_rate(replace(config, max_steps=checkpoint["train"]["max_steps"]), at.step)
         new = learning_rate(config, at.step)
         if old != new:
             say(f"max_steps is another, so the learning rate jumps from {old:.2e} to {new:.2e}")
-        del checkpoint  # as large as the model and its optimizer
-    del source, saved
+    del source
     model.checkpointing = config.checkpointing
     if compiled:
         compile_training(model)
     elif device.type == "cpu" and config.dtype != "bfloat16":
         fuse_norms(model)
 
-    # The other processes, and what the machine can do.
-    wrapped = distribute(model, device)  # averages gradients over the processes, where there are several
+    # What the machine can do.
     roof = measure_roof(device, config.dtype) * WORLD
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{config.method}: {parameters / 1e6:.2f}M parameters on {device.type} × {WORLD}, "
@@ -153,6 +151,8 @@ def train(config: Train) -> dict:
     hidden = RANK > 0 or not sys.stderr.isatty()
     board = Board(out, at.step) if config.tensorboard and RANK == 0 else None
     bar = tqdm(initial=at.step, total=config.max_steps, unit="step", dynamic_ncols=True, disable=hidden)
+    sharded = config.shard and WORLD > 1
+    save = save_shared if sharded else save_checkpoint
     stop = Stop()
     stopping = False
     shown = ""  # of the last step
@@ -177,15 +177,16 @@ def train(config: Train) -> dict:
         keeps = config.keep_every > 0 and step > 0 and step % config.keep_every == 0
         if saves or keeps or improves:
             check_finite({"largest weight": largest(model, optimizer)}, step, path)
-        if RANK == 0:
+        if RANK == 0 or sharded:
             at.log = log_state(log)
             about = {"train": asdict(config), "data": data.fingerprint, **asdict(at)}
             if improves:
-                save_checkpoint(out / "best.pt", model, data.tokenizer, **about)
+                save(out / "best.pt", model, data.tokenizer, **about)
             if keeps:
-                save_checkpoint(out / f"ckpt-{step}.pt", model, data.tokenizer, **about)
+                save(out / f"ckpt-{step}.pt", model, data.tokenizer, **about)
             if saves:
-                save_checkpoint(path, model, data.tokenizer, **about, optimizer=optimizer.state_dict())
+                trained = optimizer if sharded else optimizer.state_dict()
+                save(path, model, data.tokenizer, **about, optimizer=trained)
         if config.init_from and step == 0:  # only now, as a run exists from its first checkpoint
             result = evaluate(model, data, config, micro, device, stop)
             at.result = {"step": 0} | result if result else {}
@@ -218,7 +219,7 @@ def train(config: Train) -> dict:
         for i in range(first, first + share, micro):
             x, y = data.batch(config.seed, step, config.global_batch_size, slice(i, i + micro))
             last = i + micro == first + share  # only then DDP averages gradients over the processes
-            with contextlib.nullcontext() if last or WORLD == 1 else wrapped.no_sync():
+            with contextlib.nullcontext() if last or WORLD == 1 or sharded else wrapped.no_sync():
                 with autocast(device, config.dtype):
                     o = wrapped(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
                 (o.loss * micro / share).backward()
@@ -238,10 +239,11 @@ def train(config: Train) -> dict:
         sums["stop"] = steps.new_tensor(stop.asked)
         metrics = add_up(sums, device)
         asked = metrics.pop("asked")
-        metrics["grad_norm"] = clip_grad_norm_(model.parameters(), config.grad_clip or math.inf).item()
+        metrics["grad_norm"] = clip_gradients(model, config.grad_clip)
         check_finite(metrics, step + 1, path)
         reached = [metrics[f"reached {k}"] / step_tokens for k in range(1, config.max_latent + 1)]
         latent = sum(reached)
+        lost = waiting(executed, config.max_latent) if WORLD > 1 else 0.0
         stopping = metrics["stop"] > 0
 
         # Step, and steer τ.
@@ -249,7 +251,7 @@ def train(config: Train) -> dict:
         optimizer.zero_grad(set_to_none=True)
         tau = model.tau
         if controller:
-            model.tau = controller.update(asked, step_tokens)
+            model.tau = controller.update(asked, budget_at(config, step) * step_tokens)
             at.threshold = controller.state
         took = time.perf_counter() - began
         at.step = step + 1
@@ -265,7 +267,8 @@ def train(config: Train) -> dict:
                 "step": at.step, "tokens": at.step * step_tokens, "loss": metrics["loss"],
                 "ce": metrics["ce"], "ada": metrics["ada"], "tau": tau, "latent_steps": latent,
                 "reached": reached, "grad_norm": metrics["grad_norm"], "lr": rate, "tokens_per_second": speed,
-                "flops": training_flops(at.products, at.attention), "mfu": mfu}, board)
+                "flops": training_flops(at.products, at.attention), "mfu": mfu}
+                | ({"waiting": lost} if WORLD > 1 else {}), board)
         shown = f"train {metrics['loss']:.4f}  latent {latent:.2f}  τ {tau:.4f}  {speed:,.0f} tok/s"
         bar.set_postfix_str(shown, refresh=False)
         bar.update()
@@ -287,13 +290,15 @@ def train(config: Train) -> dict:
 
 
 def main() -> None:
-    config = configure(Train, default=TINY)
-    try:
-        train(config)
-    except torch.OutOfMemoryError:
-        size = f"--micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
-        raise BadInput(f"the GPU's memory is too small for {size}; a lower one or --checkpointing takes less "
-                       "and changes no number, also with --resume (but mor's balancing loss)") from None
+    with ends_with_the_others():
+        config = configure(Train, default=TINY)
+        try:
+            train(config)
+        except torch.OutOfMemoryError:
+            size = f"--micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
+            raise BadInput(f"the GPU's memory is too small for {size}; a lower one, --checkpointing or, on "
+                           "several GPUs, --shard takes less and changes no number, also with --resume (but "
+                           "mor's balancing loss)") from None
     if dist.is_initialized():  # not in train: DDP must be gone first, or its end waits for gloo's thread
         dist.destroy_process_group()
 

@@ -49,6 +49,19 @@ def test_flops(measured, tmp_path):
     assert [cell.strip() for cell in table[0].strip("|").split("|")] == head
 
 
+def test_memory(measured, tmp_path):
+    """A micro-batch fits that is as large as it may be, more of them where less is kept."""
+    big = ["--n_embd=1024", "--n_ff=2752", "--n_head=16", "--n_layer=24", "--block_size=2048"]
+    out = measured("memory", *big, "--vocab_size=50304", "--world=4", "--batch=2")
+    result = written(tmp_path, "memory-24x1024.json")
+    kept, recomputed = result["bytes"].values()
+    assert kept["weights"] == 4 * kept["AdamW's moments"] / 8 == pytest.approx(4 * 0.406e9 / 4, rel=0.01)
+    assert kept["activations"] > 5 * recomputed["activations"] and "--checkpointing" in out
+    small, large = result["fits"]["80 GB"], result["fits"]["141 GB"]
+    assert 0 < small[0] < large[0] < large[1] and small[0] < small[1] < large[1]
+    assert "world" in measured("memory", "--world=0", code=2) and "memory" in measured("speeds", code=2)
+
+
 def test_flops_of_what_is_too_big_to_execute(measured, tmp_path):
     big = ["--n_embd=1024", "--n_ff=2752", "--n_head=16", "--n_layer=24", "--block_size=2048"]
     out = measured("flops", *big, "--vocab_size=50304", "--methods", "vanilla", "adaptive", "--batch=2")
@@ -191,7 +204,7 @@ def test_kept_bytes_are_those_of_autograd():
 
 @pytest.mark.parametrize("arguments,words", [
     (["fly"], ["fly", "flops"]),
-    ([], ["flops, speed or growth"]),
+    ([], ["flops, speed, growth, memory"]),
     (["flops", "--methods", "lop"], ["lop", "loop"]),
     (["flops", "--method=loop"], ["--methods"]),
     (["flops", "--mean_latent=9"], ["mean_latent"]),

@@ -126,7 +126,8 @@ def test_the_real_train_py(call, data, tmp_path):
 
 def test_every_setting_of_train_py_is_known_and_has_its_default():
     ours = {f.name: (f.type, f.default) for f in fields(Compare)}
-    set_here = {"resume", "eval_every", "save_every", "keep_every", "log_every", "tensorboard"}
+    set_here = {"resume", "eval_every", "save_every", "keep_every", "log_every", "tensorboard", "init_from",
+                "shard"}
     assert {f.name for f in fields(Train)} - set_here == set(TRAINED)
     for f in fields(Train):
         assert f.name in set_here or ours[f.name] == (f.type, f.default), f.name

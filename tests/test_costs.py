@@ -6,8 +6,8 @@ import torch
 from baselines import METHODS
 from common import BadInput
 from conftest import uneven
-from costs import bytes_read, costs, counted, going_on, made_up_steps, make
-from model import Cache, Config, training_flops
+from costs import bytes_read, costs, counted, going_on, made_up_steps, make, training_flops
+from model import Cache, Config
 
 SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_ff": 24, "block_size": 32, "vocab_size": 67}
 T = SHAPE["block_size"]

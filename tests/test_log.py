@@ -108,7 +108,7 @@ def test_squeezing_keeps_what_is_seen():
     seen = [{}, {}]
     for step in range(30):
         live = torch.tensor([True, step % 3 == 0])
-        states, index = States.tick(torch.full((2,), step), torch.full((2,), step % 2), 1).select(live)
+        states, index, _ = States.tick(torch.full((2,), step), torch.full((2,), step % 2), 1).select(live)
         seats = log.open(states)
         key = torch.randn(len(index), 1, 1)
         log.append("k0", seats, states.grid(key))

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from schedule import BudgetController
+from schedule import BudgetController, budget_at
+from train import Train
 
 
 class Router:
@@ -31,11 +32,11 @@ class Router:
 @pytest.mark.parametrize("length", [50, 100, 1000])
 @pytest.mark.parametrize("drift", [-4.0, 0.0, 2.0])
 def test_the_budget_is_met(budget, length, drift):
-    router, controller, tau, course = Router(length, drift), BudgetController(budget), 0.1, []
+    router, controller, tau, course = Router(length, drift), BudgetController(), 0.1, []
     for step in range(length):
         reach, mean = router.reach(step, tau)
         course.append(mean)
-        tau = controller.update(controller.count(reach), len(reach))
+        tau = controller.update(controller.count(reach), budget * len(reach))
     allowed = 0.2 if length < 100 else 0.1
     ends = sum(router.reach(length, tau)[1] for _ in range(8)) / 8  # as on a validation text
     assert abs(ends / budget - 1) < allowed
@@ -45,16 +46,16 @@ def test_the_budget_is_met(budget, length, drift):
 @pytest.mark.parametrize("budget,tau,most", [(0.0, 0.1, 0.02), (3.0, 0.99, 3.0), (1.0, 0.999999, 1.1)])
 def test_the_ends_and_a_collapse(budget, tau, most):
     """No steps, all steps, and from a threshold that took none: nothing is pruned for good."""
-    router, controller = Router(200, 0.0), BudgetController(budget)
+    router, controller = Router(200, 0.0), BudgetController()
     controller.state = (13.0, 0.0)
     for step in range(60):
         reach, mean = router.reach(step, tau)
-        tau = controller.update(controller.count(reach), len(reach))
+        tau = controller.update(controller.count(reach), budget * len(reach))
     assert most * 0.9 - 0.02 <= mean <= most
 
 
 def test_counts_add_up_over_micro_batches():
-    router, controller = Router(100, 0.0), BudgetController(1.4)
+    router, controller = Router(100, 0.0), BudgetController()
     reach, _ = router.reach(60, 0.3)
     parts = sum(controller.count(part) for part in reach.split(500))
     assert torch.equal(parts, controller.count(reach)) and parts.sum() == (reach > 0).sum()
@@ -63,6 +64,18 @@ def test_counts_add_up_over_micro_batches():
 def test_the_threshold_passes_what_the_budget_allows():
     """At once: three of these reaches are at least τ, for two tokens and a budget of 1.5."""
     reach = torch.tensor([[0.9, 0.8, 0.1], [0.7, 0.2, 0.0]])
-    controller = BudgetController(1.5)
-    tau = controller.update(controller.count(reach), 2)
+    controller = BudgetController()
+    tau = controller.update(controller.count(reach), 3)
     assert (reach >= tau).sum() == 3
+
+
+def test_the_course_of_a_budget():
+    """From all steps down, so that each is learnt; a trained model from none up; or the budget throughout."""
+    config = Train(budget=1.5, max_steps=100)
+    course = [budget_at(config, step) for step in range(100)]
+    assert course[0] == pytest.approx(2.97) and course[24] == 2.25 and set(course[49:]) == {1.5}
+    config.init_from = "out/vanilla"
+    course = [budget_at(config, step) for step in range(100)]
+    assert course[0] == pytest.approx(0.03) and course[24] == 0.75 and set(course[49:]) == {1.5}
+    config.course = 0.0
+    assert {budget_at(config, step) for step in range(100)} == {1.5}

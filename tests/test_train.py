@@ -36,7 +36,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
 # Not --standalone: it looks the host's own name up, and waits for ever on a machine whose name is not known.
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
             "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-SECONDS = ("tokens_per_second", "mfu")  # what differs from run to run
+SECONDS = ("tokens_per_second", "mfu", "waiting")  # what differs from run to run, or with the processes
 
 
 class Killed(BaseException):
@@ -527,7 +527,7 @@ def test_router_keeps_its_learning_rate(data, tmp_path):
 def test_a_budget_that_is_missed_is_said(data, tmp_path, capsys, monkeypatch, budget, missed):
     """With a threshold that stays where one step is taken, and with a true one."""
     if missed:
-        monkeypatch.setattr(train_module.BudgetController, "update", lambda self, counts, tokens: 0.999)
+        monkeypatch.setattr(train_module.BudgetController, "update", lambda self, counts, wanted: 0.999)
     settings = SMALL | {"budget": budget, "max_steps": 50, "eval_every": 50, "save_every": 50, "tau": 0.1}
     result = train(Train(out=str(tmp_path / "run"), data=str(data), **settings))
     assert ("is missed" in capsys.readouterr().out) == missed == (abs(result["val_steps"] / budget - 1) > 0.1)

@@ -1,0 +1,24 @@
+"""2.8B, sharded: torchrun --nproc_per_node=8 train.py config/2.8b.py is 256 × 2048 tokens a step, 50,000 steps."""
+
+data = "data/pile"
+out = "out/2.8b"
+vocab_size = 50304
+block_size = 2048
+n_layer = 32
+n_head = 32
+n_embd = 2560
+n_ff = 6912
+init_std = 0.01
+max_latent = 3
+budget = 2.43  # that of the paper's 1.4B, its largest
+tau = 0.1
+global_batch_size = 256
+micro_batch_size = 4
+shard = True
+checkpointing = True
+max_steps = 50000
+learning_rate = 1.6e-4  # Pythia's of this size
+eval_every = 1000
+eval_windows = 256
+save_every = 1000
+log_every = 10

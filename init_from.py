@@ -1,0 +1,91 @@
+"""Starting a training from trained weights, one's own or imported ones: train.py --init_from.
+
+What is notable here:
+* A run takes the shape of its source, and keeps the scale of its embedding: without a latent step it says
+  exactly what the source said.
+* A new router that is to meet a budget starts with every reach below τ, and the budget lets thoughts in.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+
+from common import BadInput
+from model import Config, LLaMA
+from prepare import Data
+from runs import say
+from tokenizer import describe, same_tokens
+
+SHAPE = (  # settings that belong to trained weights: --init_from takes them over
+    "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff", "tie_embeddings",
+    "qkv_bias", "qk_norm", "rope_theta", "rope_scaling", "norm_eps")
+
+
+def check_source(config, tokenizer, data: Data) -> None:
+    """Raises BadInput where the model to start from reads other tokens than those of the data."""
+    if not same_tokens(describe(tokenizer), describe(data.tokenizer)):
+        raise BadInput(f"{config.data} was prepared with another tokenizer ({data.tokenizer.name}) than that "
+                       f"of {config.init_from} ({tokenizer.name}): prepare.py --tokenizer={config.init_from} "
+                       "makes its tokens")
+
+
+def take_shape(config, source: Config):
+    """config (a Train) with the shape of the model that it starts from, or that a resumed run started from.
+
+    Raises BadInput where the method cannot have this shape.
+    """
+    shape = {name: getattr(source, name) for name in (*SHAPE, "embed_scale")}
+    unset = Config()
+    unused = [f"{name} {getattr(config, name)}" for name in SHAPE
+              if getattr(config, name) not in (shape[name], getattr(unset, name), 0)]
+    if unused and not config.resume:
+        say(f"the shape is that of {config.init_from}; set otherwise, and not used: {', '.join(unused)}")
+    try:
+        return replace(config, **shape)
+    except ValueError as error:
+        raise BadInput(f"--init_from={config.init_from}: {error}") from None
+
+
+@torch.no_grad()
+def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
+    """Copies what both models have, and says in some lines what was taken over, what is new, what differs.
+
+    A router or a pause embedding is taken over from a model of the same method that was trained with it. A
+    new router that is to meet a budget starts with every reach below τ.
+    """
+    old, new = source.state_dict(), model.state_dict()
+    a, b = source.config, model.config
+    kin = a.method == b.method and a.max_latent > 0
+    fresh = []
+    for name, weight in new.items():
+        core = name.split(".")[0] in ("embed", "blocks", "norm", "head")
+        if core or kin and old[name].shape == weight.shape:
+            weight.copy_(old[name])
+        else:
+            fresh.append(name)
+    lines = [f"{a.method}, {len(new) - len(fresh)} of its {len(old)} weights are taken over"]
+    if fresh:
+        lines.append(f"new: {', '.join(fresh)}")
+    if b.method == "adaptive" and b.max_latent > 0:
+        if kin:
+            model.tau = source.tau
+        elif budget and 0 < model.tau < 1:
+            hold_back(model)
+            lines.append("every first reach is below τ: no latent step at the start; the budget moves τ")
+    for name in ("block_size", "max_latent"):
+        if getattr(a, name) != getattr(b, name):
+            lines.append(f"{name} is {getattr(b, name)}, was {getattr(a, name)}")
+    lines.append(f"the embedding keeps its scale, {model.scale:.4g}")
+    return "\n  ".join(lines)
+
+
+def hold_back(model: LLaMA) -> None:
+    """Gives an untrained router its start in a trained model: r[t,1] < τ for every token, whatever it reads.
+
+    That is so as |w · h| ≤ √d · ‖w ∘ γ‖ for a state h that the last RMSNorm, of weight γ, has put out: w is
+    scaled to keep within 1, and b lies 1 below the logit of τ. What τ then lets in weighs little at first.
+    """
+    width = math.sqrt(model.config.n_embd)
+    model.router.weight /= 1.05 * width * torch.linalg.vector_norm(model.router.weight * model.norm.weight)
+    model.router.bias.clamp_(max=math.log(model.tau / (1 - model.tau)) - 1)
