@@ -10,6 +10,7 @@ block_size = 256
 init_std = 0.032  # 1 / sqrt(2.5 d): the scaled embedding has unit RMS, as at the paper's widths
 max_latent = 3
 budget = 1.4
+lam = 0.02  # with a budget a mild price: it shapes which tokens think, not how many
 beta = 2.0
 global_batch_size = 8
 max_steps = 3000

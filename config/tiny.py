@@ -11,6 +11,7 @@ init_std = 0.056  # 1 / sqrt(2.5 d): the scaled embedding has unit RMS, as at th
 max_latent = 3
 budget = 1.4
 tau = 0.1
+lam = 0.02  # with a budget a mild price: it shapes which tokens think, not how many
 beta = 2.0
 global_batch_size = 8
 max_steps = 800
