@@ -114,6 +114,7 @@ class Run:
     max_latent: int
     budget: float | None
     tau: float
+    lam: float
     beta: float
     n_layer: int
     max_steps: int
@@ -136,9 +137,10 @@ def plain_run(who: str, settings: Compare) -> Run:
     plain = Run(**{f.name: getattr(settings, f.name) for f in fields(Run)})
     if who == "adaptive":
         return plain
+    plain = replace(plain, budget=None, lam=0.0)
     if who in (NO_THOUGHTS, ALL_STEPS):
-        return replace(plain, tau=float(who == NO_THOUGHTS), budget=None)
-    return replace(plain, method=who, budget=None, max_latent=1 if who == "ponder2" else settings.max_latent)
+        return replace(plain, tau=float(who == NO_THOUGHTS))
+    return replace(plain, method=who, max_latent=1 if who == "ponder2" else settings.max_latent)
 
 
 class Runs:
@@ -175,7 +177,7 @@ class Runs:
         could = {"max_steps": f"{run.max_steps} steps", "train_tokens": f"{run.train_tokens:,} tokens",
                  "budget": "no budget" if run.budget is None else f"budget {run.budget:g}",
                  "max_latent": f"K = {run.max_latent}", "n_layer": f"{run.n_layer} layers",
-                 "tau": f"τ = {run.tau:g}", "beta": f"β = {run.beta:g}"}
+                 "tau": f"τ = {run.tau:g}", "lam": f"λ = {run.lam:g}", "beta": f"β = {run.beta:g}"}
         own = [word for name, word in could.items() if getattr(run, name) != getattr(plain, name)]
         words = [run.who, *own, f"rate {run.learning_rate:g}", f"seed {run.seed}"]
         return ", ".join(words if seed else words[:-1])

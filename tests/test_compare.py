@@ -233,7 +233,8 @@ def test_what_is_in_results_reads_as_ever(call, tmp_path, monkeypatch):
     before = (tmp_path / "results" / "quality-3x64-400.json").read_bytes()
     monkeypatch.chdir(tmp_path)
     methods = [who for who in KINDS if who != "all steps"]
-    arguments = ["--seeds=3", "--parts", "rates", "tokens", "flops", "pareto", "--methods", *methods]
+    arguments = ["--seeds=3", "--lam=0", "--methods", *methods]
+    arguments += ["--parts", "rates", "tokens", "flops", "pareto"]
     out, _ = call("compare", ROOT / "config" / "micro.py", *arguments)
     vanilla = ["vanilla, rate 0.006", "819,200", "1.091e+12", "0.00", "0.00", "1.7858 ± 0.0129", "2.5765"]
     assert vanilla in rows(out, "At equal tokens")
@@ -352,11 +353,11 @@ def test_default_budgets_fit_max_latent():
 
 
 def test_runs_are_keyed_by_what_they_are():
-    settings = Compare(learning_rate=2e-3, budget=1.0, tau=0.2)
+    settings = Compare(learning_rate=2e-3, budget=1.0, tau=0.2, lam=0.1)
     adaptive, control = plain_run("adaptive", settings), plain_run("no thoughts", settings)
-    assert adaptive == Run("adaptive", 2e-3, 1337, 3, 1.0, 0.2, 1.0, 4, 1000, 0)
+    assert adaptive == Run("adaptive", 2e-3, 1337, 3, 1.0, 0.2, 0.1, 1.0, 4, 1000, 0)
     assert adaptive.who == "adaptive"
-    assert control == Run("adaptive", 2e-3, 1337, 3, None, 1.0, 1.0, 4, 1000, 0)
+    assert control == Run("adaptive", 2e-3, 1337, 3, None, 1.0, 0.0, 1.0, 4, 1000, 0)
     assert control.who == "no thoughts" and plain_run("all steps", settings).who == "all steps"
     assert plain_run("ponder2", settings).max_latent == 1 and plain_run("loop", settings).budget is None
     assert len({adaptive, control, plain_run("adaptive", settings)}) == 2
