@@ -180,6 +180,19 @@ def check_tensor(where: str, tensor, like) -> None:
         raise BadInput(f"{where} is not finite: it holds a NaN or an infinity")
 
 
+def check_predictions(numbers) -> None:
+    """Raises BadInput where a model's logits, or what was made of them, are not finite."""
+    if not numbers.isfinite().all():
+        raise BadInput("the model's predictions are not finite (NaN or infinity): its training has diverged")
+
+
+def check_no_run(folder: Path, advice: str) -> None:
+    """Raises BadInput, which ends with the advice, where a folder holds a run, or a part of one."""
+    for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json"):
+        if (folder / name).exists():
+            raise BadInput(f"{folder} holds a run already ({name}): {advice}")
+
+
 def save_checkpoint(path: str | Path, model, tokenizer, weights=None, **rest) -> None:
     """Writes the model, its tokenizer and `rest` (plain values and tensors). weights: instead of the model's.
 

@@ -33,8 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import analyze, draw, further_steps, print_tables
-from common import BadInput, autocast, check_output, configure, load_checkpoint, optional, pick_device, run
-from common import write_whole
+from common import (BadInput, autocast, check_output, check_predictions, configure, load_checkpoint, optional,
+                    pick_device, run, write_whole)
 from documents import encode, find_files, read_pieces
 from log import Cache, pad
 from model import LLaMA
@@ -187,8 +187,7 @@ def score(model: LLaMA, pairs: list, batch_size: int, tally: Tally, title: str =
             logits = model.head(states).float()
             nats.append(F.cross_entropy(logits, y, reduction="none").cpu())
             right.append((logits.argmax(1) == y).float().cpu())
-        if not torch.cat(nats).isfinite().all():
-            raise BadInput("the model's predictions are not finite (NaN or infinity): its training diverged")
+        check_predictions(torch.cat(nats))
         after = torch.arange(live.size(1)) >= torch.tensor([len(context) for context in contexts])[:, None]
         thought = steps[live & after]
         whole = torch.stack((torch.cat(nats), torch.cat(right), thought))

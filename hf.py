@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from baselines import build
-from common import BadInput, check_range, configure, load_checkpoint, optional, reason, run, save_checkpoint
+from common import (BadInput, check_no_run, configure, load_checkpoint, optional, reason, run,
+                    save_checkpoint)
 from model import Config, LLaMA
 from tokenizer import END, from_json, to_json
 
@@ -76,14 +77,10 @@ def read_config(folder: Path, block_size: int | None) -> tuple[Config, int | Non
             qkv_bias=given["model_type"] == "qwen2", qk_norm=given["model_type"] == "qwen3",
             norm_eps=given.get("rms_norm_eps", 1e-6), init_std=given.get("initializer_range", 0.02),
             block_size=block_size or given["max_position_embeddings"], max_latent=0, **read_rope(given))
-        for name, value in vars(config).items():
-            check_range(name, value, f"{path}: {name}")
         window = sliding_window(given)
         if window and window < config.block_size:
             raise ValueError(f"a sliding window of {window} tokens is not supported; with "
                              f"--block_size={window} or less it would see the whole context")
-    except BadInput:
-        raise
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else reason(error)
         raise BadInput(f"{path} cannot be used: {what}") from None
@@ -179,9 +176,7 @@ def import_model(config: HF) -> None:
     source, target = Path(config.source), Path(config.target)
     if not (source / "config.json").is_file():
         raise BadInput(f"{source} holds no config.json; want the folder of a Hugging Face model")
-    for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json"):
-        if (target / name).exists():
-            raise BadInput(f"{target} holds a run already ({name}): choose another name")
+    check_no_run(target, "choose another name")
     shape, end = read_config(source, config.block_size)
     if not (source / "tokenizer.json").is_file():
         raise BadInput(f"{source} holds no tokenizer.json; want byte-level BPE, and not SentencePiece")

@@ -59,6 +59,8 @@ class Config:
     def __post_init__(self) -> None:
         for each in fields(Config):
             check_range(each.name, getattr(self, each.name), each.name)
+        if self.vocab_size < 1:  # train.py's 0 stands for that of the data
+            raise ValueError(f"vocab_size is {self.vocab_size}, but must be at least 1")
         if not self.head_dim and self.n_embd % self.n_head or self.head_width % 2:
             width = f"head_dim {self.head_dim}, or n_embd {self.n_embd} / n_head {self.n_head}"
             raise ValueError(f"the width of a head, {width}, must be a whole and even number")

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import BadInput
+from common import check_predictions
 from model import LLaMA
 
 LIKELIEST = 5  # next tokens that the lens shows after each step
@@ -102,8 +102,7 @@ def look(model: LLaMA, ids: list[int], n: int) -> list[tuple[int, list[View]]]:
 def answer(logits: Tensor, said: Tensor) -> list[tuple[float, list[tuple[int, float]]]]:
     """logits (n, V), said (n,) → of each the probability of said, and the LIKELIEST tokens with theirs."""
     share = logits.float().softmax(1)
-    if not share.isfinite().all():
-        raise BadInput("the model's predictions are not finite (NaN or infinity): its training has diverged")
+    check_predictions(share)
     prob, token = share.topk(min(LIKELIEST, share.size(1)), 1)
     likeliest = [list(zip(*row)) for row in zip(token.tolist(), prob.tolist())]
     return list(zip(share.gather(1, said[:, None])[:, 0].tolist(), likeliest))

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from common import BadInput, autocast, check_tensor, load_checkpoint, precision, reason
+from common import BadInput, autocast, check_no_run, check_tensor, load_checkpoint, precision, reason
 from model import LLaMA
 from prepare import Data
 from shard import load_whole, local, resume_parts, shard
@@ -363,10 +363,8 @@ def check_new(config, data: Data) -> None:
     if config.resume and not (out / "ckpt.pt").exists():
         raise BadInput(f"--out={out} holds no ckpt.pt, so there is nothing to resume: name the folder of a "
                        "run, or begin one without --resume")
-    for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json"):
-        if (out / name).exists() and not config.resume:
-            advice = "go on with --resume, or choose another --out"
-            raise BadInput(f"{out} holds a run already ({name}): {advice}")
+    if not config.resume:
+        check_no_run(out, "go on with --resume, or choose another --out")
 
 
 def check_resumed(config, checkpoint: dict, data: Data, optimizer: torch.optim.Optimizer) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from common import BadInput, autocast, check_output, configure, load_checkpoint
+from common import BadInput, autocast, check_output, check_predictions, configure, load_checkpoint
 from common import pick_device, precision, reason, run, write_whole
 from documents import cut, encode
 from fast import compile_ticks, compiles, lay_out
@@ -102,8 +102,7 @@ def read_by(model: LLaMA, tokenizer, ids: list[int]) -> list[Piece]:
     """The pieces of a prompt, and the thinking behind each. Raises BadInput where a prediction is no number.
     """
     out = model(torch.tensor([ids], device=model.embed.weight.device))
-    if not out.logits.isfinite().all():
-        raise BadInput("the model's predictions are not finite (NaN or infinity): its training has diverged")
+    check_predictions(out.logits)
     steps = [0, *out.steps[0, :-1].int().tolist()]
     start = ids == [tokenizer.eot_token]  # of a text, which shows nothing
     return [Piece(b"" if start else bytes_of(tokenizer, i), k, i) for i, k in zip(ids, steps)]

@@ -21,7 +21,7 @@ def learning_rate(config, step: int) -> float:
 
 
 def router_rate(config) -> float:
-    """Steady, and slow enough to steer: Adam moves a logit over d features by d times the learning rate."""
+    """Steady throughout: Adam moves a logit over d features by d times the learning rate."""
     return 40 / (config.n_embd * config.max_steps)
 
 

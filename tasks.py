@@ -28,10 +28,10 @@ import torch
 
 from common import (BadInput, about, check_output, configure, load_checkpoint, pick_device, run, table,
                     write_whole)
+from prepare import Data
 
 SYMBOLS = "abcdef"
 HOPS = 4  # most of a question
-DOCUMENTS = 60_000
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Tasks:
     json: str = ""  # also write the table to this file
 
 
-def hops(documents: int = DOCUMENTS, seed: int = 0) -> Iterator[str]:
+def hops(documents: int = 60_000, seed: int = 0) -> Iterator[str]:
     """The documents of the task, each with a permutation of its own, a line each."""
     dice = random.Random(seed)
     for _ in range(documents):
@@ -86,11 +86,10 @@ def answers(model, data, documents: int) -> list[dict]:
 
 
 def main() -> None:
-    from prepare import Data
     config = configure(Tasks, positional=("run",))
     if config.json:
         check_output(config.json, "--json")
-    model, tokenizer, _ = load_checkpoint(config.run, pick_device(config.device))
+    model, *_ = load_checkpoint(config.run, pick_device(config.device))
     data = Data(config.data, 1)
     if data.meta["settings"].get("task") != "hops":
         raise BadInput(f"--data={config.data} is not of prepare.py --task=hops")

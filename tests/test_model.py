@@ -361,7 +361,8 @@ def test_state_dict_has_metas_names_and_round_trips(tied):
 
 @pytest.mark.parametrize("settings", [
     dict(n_embd=30), dict(tau=1.5), dict(tau=-0.1), dict(n_layer=0), dict(max_latent=-1), dict(lam=-1.0),
-    dict(tau=math.nan), dict(n_kv_head=3), dict(n_kv_head=-1), dict(head_dim=5), dict(n_embd=126)])
+    dict(tau=math.nan), dict(n_kv_head=3), dict(n_kv_head=-1), dict(head_dim=5), dict(n_embd=126),
+    dict(vocab_size=0)])
 def test_config_refuses(settings):
     with pytest.raises(ValueError):
         Config(**settings)

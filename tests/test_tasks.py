@@ -14,7 +14,6 @@ from prepare import Data
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     patch = pytest.MonkeyPatch()
-    patch.setattr(tasks, "DOCUMENTS", 300)
     patch.setattr(tasks.hops, "__defaults__", (300, 0))
     prepare.prepare(prepare.Prepare(task="hops", out=str(folder)))
     patch.undo()
