@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 FAR = 2**30  # the order of an empty seat: later than every real state, so that none sees it
+WRITTEN_OUT = 2**22  # most entries of a mask that is written out on a GPU; beyond, FlexAttention skips blocks
 
 
 @dataclass
@@ -220,7 +221,7 @@ def make_mask(states: States, log: Log) -> Tensor | BlockMask | None:
     if log.last == 0 or (states.A == 1 and log.plain):
         return None
     order, column = log.order[:, :, log.last :], log.column[:, :, log.last :]  # (B, 1, A, 1)
-    if order.is_cuda and states.A >= 128:
+    if order.is_cuda and states.A >= 128 and states.B * states.A * log.size > WRITTEN_OUT:
         return block_mask(order, column, log.order, log.column)
     return additive_mask(order, column, log.order, log.column)
 
