@@ -91,8 +91,7 @@ class Ponder2(LLaMA):
 
     Decoding, one token at a time, follows that order. Several tokens at a time approximate it by Jacobi
     iteration: K passes that add a column each, `rounds` over all (2 or 3, drawn for each step of training,
-    else 3), and the pass that predicts. A token and its latents share a position, as in its code.
-    """
+    else 3), and the pass that predicts. A token and its latents share a position, as in its code."""
 
     rounds = 3
 
@@ -133,14 +132,12 @@ class Ponder2(LLaMA):
 
 
 class MoR(LLaMA):
-    """Mixture-of-Recursions, token-choice routing (arXiv:2507.10524): each token chooses its depth at the
-    start.
+    """Mixture-of-Recursions, token-choice routing (arXiv:2507.10524): a token chooses its depth at the start.
 
     Middle-Cycle: the first and the last block run once, those between at most K + 1 times, on the tokens
     whose depth is not reached, which see keys of the same recursion. With g = softmax(θ · H_1), i = argmax g
     the state is H_{r+1} = g_r · f(H_r), plus H_1 at r = i. Ours: 0.1 of Switch's balancing loss
-    (arXiv:2101.03961).
-    """
+    (arXiv:2101.03961)."""
 
     balancing = 0.1
 

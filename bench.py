@@ -155,8 +155,7 @@ def measure_copy(device: torch.device) -> float:
 class Contestant:
     """One method, ready to be timed: a training step, a prefill, decoding at two batch sizes.
 
-    A `twin` has the same config and lends its models, as not all of a large shape would fit on a GPU.
-    """
+    A `twin` has the same config and lends its models, as not all of a large shape would fit on a GPU."""
 
     def __init__(self, bench: Bench, config: Config, mean_latent: float, batch: int, twin=None) -> None:
         self.bench = bench

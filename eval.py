@@ -170,8 +170,7 @@ def score(model: LLaMA, pairs: list, batch_size: int, tally: Tally, title: str =
     """What the model says of each pair (context, continuation) of token arrays: (3, length of continuation).
 
     Its rows: −log q of each token in nats, whether it was the likeliest, and the latent steps of the state
-    that predicts it. A context holds at least a token, and a pair feeds at most block_size. BadInput on NaN.
-    """
+    that predicts it. A context holds at least a token; a pair feeds at most block_size. BadInput on NaN."""
     found = [torch.zeros(3, 0)] * len(pairs)
     keys = [context.tobytes() for context, _ in pairs]
     order = sorted(range(len(pairs)), key=lambda i: (-len(keys[i]), keys[i]))  # long first, equal together

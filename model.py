@@ -194,7 +194,8 @@ class LLaMA(nn.Module):
         live (B, T) is false on padding, which may stand anywhere. Raises ValueError past block_size."""
         cache = Cache() if cache is None else cache
         h, steps, reach = self.hidden(idx, cache, live)
-        expected = expected_steps(reach, steps)
+        taken = torch.arange(reach.size(1), device=reach.device) < steps[:, None]
+        expected = (reach * taken).sum(1)
         logits = loss = ce = ada = None
         if targets is None or len(h) * self.config.vocab_size <= CHUNK:
             logits = self.head(h)
@@ -228,8 +229,7 @@ class LLaMA(nn.Module):
         """Forward FLOPs of the states that `steps` (B, T) says were executed: of products, of attention.
 
         live (B, T): which are tokens; fed (B, T): which of them this forward computed, the others being in
-        the cache. Attention counts queries × keys of each row and pass; a causal kernel skips half of them.
-        """
+        the cache. Attention counts queries × keys of each row and pass; a causal kernel skips half of them."""
         live = torch.ones_like(steps, dtype=torch.bool) if live is None else live
         fed = live if fed is None else fed & live
         weights = sum(p.numel() for p in self.blocks[0].parameters() if p.dim() == 2)
@@ -259,11 +259,11 @@ class LLaMA(nn.Module):
 
     def tick(self, x: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One state for each row: x (B, d) → which rows speak now (B,), what the head reads (B, d), executed
-        and expected steps (B,), and the next x of the rows that think on (B, d).
+        and expected steps (B,), and the next x of the rows that think on (B, d). Here all rows speak.
         """
         states = States.tick(cache.at["pos"], torch.zeros_like(cache.at["pos"]))
         h, steps, reach = self.think(x, states, cache)
-        return states.column == 0, h, steps, expected_steps(reach, steps), x
+        return states.column == 0, h, steps, reach.sum(1), x
 
     @torch.no_grad()
     def generate(self, prompts: Tensor | list[list[int]], max_new_tokens: int, temperature: float = 1.0,
@@ -273,8 +273,7 @@ class LLaMA(nn.Module):
 
         temperature 0 takes the likeliest token; top_k None or 0 and top_p None are off. Row i draws with the
         seed `seed` + i, or seed[i]: what it says depends on its prompt and its seed alone. The token `stop`
-        ends it. Of too long a prompt the end is read; a full context goes on from its last half. ValueError.
-        """
+        ends it. Of too long a prompt the end is read; a full context goes on from its last half. ValueError."""
         device, context = self.embed.weight.device, self.config.block_size
         prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
         texts = [list(prompt)[-context:] for prompt in prompts]  # what the context of each row holds
@@ -334,12 +333,6 @@ def nats_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
 
 
-def expected_steps(reach: Tensor, steps: Tensor) -> Tensor:
-    """Σ_{k≥1} r[t,k] of the executed steps: reach (N, ℓ_max) and steps (N,) → (N,)."""
-    taken = torch.arange(reach.size(1), device=reach.device) < steps[:, None]
-    return (reach * taken).sum(1)
-
-
 class AdaptiveLatentCoT(LLaMA):
     """The method: each token thinks for as long as its router wants to (§1 to §4)."""
 
@@ -363,7 +356,7 @@ class AdaptiveLatentCoT(LLaMA):
         reach = torch.ones(len(x), device=x.device)  # r[t,k]
         mixture = torch.zeros(x.shape, device=x.device)  # h̄[t]
         steps = torch.zeros_like(reach)
-        asked = []  # r[t,k] of all N tokens, for each k ≥ 1
+        asked = torch.zeros(len(x), self.max_latent, device=x.device)  # r[t,k] of all N tokens, k ≥ 1
         for k in range(self.max_latent + 1):
             h = self.norm(self.one_pass(z, states, cache.logs[0]))  # h[t,k] (n, d)
             wanted, live = self.onward(h, reach, states.column)
@@ -371,7 +364,7 @@ class AdaptiveLatentCoT(LLaMA):
             mixture.index_add_(0, index, (reach - onward)[:, None] * h.float())  # h̄ += p[t,k] h[t,k]
             if k == self.max_latent:
                 break
-            asked.append(torch.zeros_like(steps).index_copy(0, index, wanted))
+            asked[index, k] = wanted
             states, chosen, due = states.select(live, self.agree)
             if not due:
                 break
@@ -379,8 +372,7 @@ class AdaptiveLatentCoT(LLaMA):
             z = F.embedding(chosen, h)  # z[t,k+1] = h[t,k]
             reach, index = onward[chosen], index[chosen]
             steps.index_add_(0, index, torch.ones_like(reach))
-        asked += [torch.zeros_like(steps)] * (self.max_latent - len(asked))
-        return mixture, steps, torch.stack(asked, 1) if asked else mixture[:, :0]
+        return mixture, steps, asked
 
     def tick(self, x: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         at, zero = cache.at, torch.zeros(len(x), device=x.device)
