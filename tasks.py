@@ -29,6 +29,7 @@ import torch
 from common import (BadInput, about, check_output, configure, load_checkpoint, pick_device, run, table,
                     write_whole)
 from prepare import Data
+from tokenizer import describe, same_tokens
 
 SYMBOLS = "abcdef"
 HOPS = 4  # most of a question
@@ -89,10 +90,12 @@ def main() -> None:
     config = configure(Tasks, positional=("run",))
     if config.json:
         check_output(config.json, "--json")
-    model, *_ = load_checkpoint(config.run, pick_device(config.device))
+    model, tokenizer, _ = load_checkpoint(config.run, pick_device(config.device))
     data = Data(config.data, 1)
     if data.meta["settings"].get("task") != "hops":
         raise BadInput(f"--data={config.data} is not of prepare.py --task=hops")
+    if not same_tokens(describe(tokenizer), describe(data.tokenizer)):
+        raise BadInput(f"{config.run} was trained with another tokenizer than that of --data={config.data}")
     for name in ("tau", "max_latent"):
         if getattr(config, name) is not None:
             setattr(model, name, getattr(config, name))

@@ -86,3 +86,14 @@ def test_a_task_that_cannot_be(arguments, words, call, tmp_path):
 def test_other_data_and_short_contexts_are_refused(data, tmp_path, call):
     with pytest.raises(ValueError, match="do not fit block_size 64"):
         tasks.answers(Oracle(64), Data(str(data), 1), 8)
+
+
+def test_a_run_on_other_tokens_is_refused(data, tmp_path, call):
+    pytest.importorskip("tokenizers")
+    source = tmp_path / "text.txt"
+    source.write_text("to be or not to be\n" * 400)
+    call("prepare", "--input", source, "--name=words", "--tokenizer=bpe:260", f"--out={tmp_path}")
+    call("train", f"--data={tmp_path}/words", f"--out={tmp_path}/run", "--n_layer=1", "--n_embd=16", "--n_head=2",
+         "--block_size=16", "--max_steps=1", "--global_batch_size=2", "--eval_windows=2", "--device=cpu")
+    err = call("tasks", tmp_path / "run", f"--data={data}", code=2)[1]
+    assert "another tokenizer" in err
