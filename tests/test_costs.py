@@ -1,16 +1,20 @@
 """Counted FLOPs are those of the formula, forced routers have their mean, a pass reads weights once."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from baselines import METHODS
-from common import BadInput
+from common import BadInput, configure
 from conftest import uneven
-from costs import bytes_read, costs, counted, going_on, made_up_steps, make, training_flops
+from costs import bytes_read, costs, counted, going_on, made_up_steps, make, memory, training_flops
 from model import Cache, Config
+from train import Train
 
 SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_ff": 24, "block_size": 32, "vocab_size": 67}
 T = SHAPE["block_size"]
+CONFIGS = Path(__file__).parent.parent / "config"
 
 
 @pytest.mark.parametrize("other", [
@@ -129,6 +133,15 @@ def test_a_prefill_in_two_parts_costs_what_one_does(method):
     whole = model.flops(steps)
     assert parts[0][0] + parts[1][0] == whole[0]
     assert parts[0][1] + parts[1][1] < whole[1], "half the queries do not meet the keys of the other half"
+
+
+@pytest.mark.parametrize("name", ["70m", "410m", "1.4b", "2.8b", "7b"])
+def test_the_papers_models_fit_80_gb(name):
+    """With the micro-batch of their config, on 8 GPUs, all steps of all tokens taken."""
+    config = configure(Train, [str(CONFIGS / f"{name}.py")])
+    model = make(config.model_config(config.vocab_size), "meta")
+    share = {"world": 8 if config.shard else 1, "checkpointing": config.checkpointing}
+    assert sum(memory(model, config.micro_batch_size, **share).values()) < 0.9 * 80e9
 
 
 def test_a_shape_that_a_method_cannot_have():
