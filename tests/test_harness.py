@@ -151,13 +151,12 @@ def test_generation_takes_what_reading_prompt_and_answer_takes():
         assert tally.steps == steps[0, len("the cat") - 1 :].sum().item()
 
 
-@pytest.mark.parametrize("dials", [
-    {"do_sample": False},
-    {"do_sample": True, "temperature": 0.8},
-    {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.9},
-    {"do_sample": True, "temperature": 1.0, "top_k": 5},
+@pytest.mark.parametrize("method,dials", [
+    ("adaptive", {"do_sample": False}),
+    ("adaptive", {"do_sample": True, "temperature": 0.8}),
+    ("adaptive", {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.9}),
+    ("loop", {"do_sample": True, "temperature": 1.0, "top_k": 5}),
 ])
-@pytest.mark.parametrize("method", ["adaptive", "loop"])
 def test_an_answer_depends_on_its_request_alone(method, dials):
     """Not on the batch size, the other requests or their order; past the context's end, and when sampled."""
     model = ascii_only(make(method))

@@ -161,16 +161,16 @@ def test_dials(tau, max_latent):
 
 
 @pytest.mark.parametrize("settings", [
-    {"temperature": 0}, {"temperature": 1.3}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9}])
+    {"temperature": 0}, {"temperature": 1.3, "top_k": 9, "top_p": 0.9}])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_alone_is_the_row_in_any_batch_past_the_end_of_the_context_too(method, settings):
     """Invariant 6 for generation."""
     model = make(method, block_size=16)
     prompts = [[1, 2, 3, 4, 5, 6, 7], [8], text(1, 16)[0].tolist(), text(1, 40, seed=3)[0].tolist()]
-    together = said(model, prompts, 40, seed=7, **settings)
+    together = said(model, prompts, 30, seed=7, **settings)
     for row, prompt in enumerate(prompts):
-        assert said(model, [prompt], 40, seed=7 + row, **settings) == [together[row]]
-    backwards = said(model, prompts[::-1], 40, seed=[7 + row for row in (3, 2, 1, 0)], **settings)
+        assert said(model, [prompt], 30, seed=7 + row, **settings) == [together[row]]
+    backwards = said(model, prompts[::-1], 30, seed=[7 + row for row in (3, 2, 1, 0)], **settings)
     assert backwards == together[::-1]
 
 
