@@ -4,6 +4,7 @@ The model knows nothing of them: they are put on it from outside, on one model a
 inside the functions, so that --help answers at once.
 """
 
+import warnings
 from functools import cache, partial
 
 from common import BadInput, precision, reason
@@ -15,6 +16,7 @@ def compiles(wanted: bool | None, device) -> bool:
     import torch
     wanted = device.type == "cuda" if wanted is None else wanted
     if wanted:
+        warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is float32: the router's logits are
         try:
             torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
         except Exception as error:

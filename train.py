@@ -113,7 +113,6 @@ def train(config: Train) -> dict:
 
     # The model and what trains it: new, or as its last checkpoint has it.
     torch.manual_seed(config.seed)
-    torch.backends.cuda.matmul.allow_tf32 = True
     if config.resume and config.init_from:  # the shape is that of its source, which the checkpoint knows
         config = take_shape(config, Config(**load_checkpoint(path, parts=False)[2]["config"]))
     model = build(config.model_config(config.vocab_size or data.tokenizer.n_vocab))
@@ -139,6 +138,7 @@ def train(config: Train) -> dict:
     model.checkpointing = config.checkpointing
     if compiled:
         compile_training(model)
+        say("the blocks are compiled as they first run: a minute or so")
     elif device.type == "cpu" and config.dtype != "bfloat16":
         fuse_norms(model)
 
