@@ -262,21 +262,6 @@ class Runs:
         return result | {"curve": curve, "train_steps": statistics.mean(steps)}
 
 
-def plot(runs: Runs) -> None:
-    """Loss against training FLOPs beside the JSON: a point for the mean of every kind that has all seeds."""
-    groups = {}
-    for run, result in runs.finished.items():
-        groups.setdefault(replace(run, seed=0), []).append((result["flops"], result["val_loss"]))
-    most = max(map(len, groups.values()), default=0)
-    points = {who: [] for who in KINDS}
-    for kind, group in groups.items():
-        if len(group) == most and (None, None) not in group:
-            points[kind.who].append(tuple(map(statistics.mean, zip(*group))))
-    figure = figures.loss_against_flops([(who, some) for who, some in points.items() if some])
-    for suffix in (".svg", ".png"):
-        figures.save(figure, runs.path.with_suffix(suffix))
-
-
 def main() -> None:
     if sys.argv[1:2] == ["plot"]:
         figures.main(sys.argv[2:])
@@ -328,7 +313,9 @@ def main() -> None:
         runs.show("Loss against the length of the training:", wanted, seeds)
 
     if settings.plot:
-        plot(runs)
+        figure = figures.loss_against_flops(figures.lines_of(runs.finished))
+        for suffix in (".svg", ".png"):
+            figures.save(figure, runs.path.with_suffix(suffix))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ answer_help(__file__)
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 
 from common import BadInput, check_output, configure, optional, reason, run, whole
 
@@ -94,6 +96,32 @@ def draw_curves(runs: list[str]):
     axes[5].axis("off")
     axes[5].legend(handles, labels, loc="center left", frameon=False)
     return figure
+
+
+def lines_of(finished: dict) -> list[tuple[str, list[tuple[float, float]]]]:
+    """The methods of compare.py's {Run: result}, each with points (FLOPs, validation loss), means over seeds.
+
+    A method whose runs are of one kind gives the whole curve of its training, another the ends of all kinds.
+    Left out: kinds that have fewer seeds than others, and those with a run that diverged.
+    """
+    groups = defaultdict(list)
+    for run, result in finished.items():
+        groups[replace(run, seed=0)].append(result["curve"] if result["flops"] else [])
+    seeds = max(map(len, groups.values()), default=0)
+    curves_of = defaultdict(list)
+    for kind, curves in groups.items():
+        if len(curves) == seeds and all(curves):
+            curves_of[kind.who].append([mean_point(points) for points in zip(*curves)])
+    lines = []
+    for who, curves in curves_of.items():
+        lines.append((who, curves[0] if len(curves) == 1 else [curve[-1] for curve in curves]))
+    return lines
+
+
+def mean_point(points: tuple) -> tuple[float, float]:
+    """Of each seed (step, FLOPs, validation loss) at the same step → mean FLOPs, mean loss."""
+    _, flops, losses = zip(*points)
+    return mean(flops), mean(losses)
 
 
 def loss_against_flops(lines: list[tuple[str, list[tuple[float, float]]]]):

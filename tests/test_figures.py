@@ -6,7 +6,8 @@ import sys
 import pytest
 
 import figures
-from figures import curves, frontier, loss_against_flops, read_log
+from compare import Run
+from figures import curves, frontier, lines_of, loss_against_flops, read_log
 
 pytest.importorskip("matplotlib")
 
@@ -64,6 +65,22 @@ def test_a_line_holds_the_best_for_the_flops():
     axis = figure.axes[0]
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["adaptive", "loop"]
     assert [len(line.get_xdata()) for line in axis.lines] == [6, 3, 1, 1]
+
+
+def test_a_method_of_one_kind_gives_its_curve_and_another_the_ends_of_all():
+    def run(method, seed, K=1):
+        return Run(method, 1e-3, seed, K, None, 0.1, 0.0, 1.0, 2, 20, 0)
+
+    def result(flops, loss):
+        return {"flops": flops, "curve": [(10, flops / 2, loss + 1), (20, flops, loss)]}
+
+    finished = {run("loop", 0): result(4, 2.0), run("loop", 1): result(4, 3.0),
+                run("pause", 0): result(6, 2.0), run("pause", 1): result(6, 2.0),
+                run("pause", 0, 2): result(8, 1.0), run("pause", 1, 2): result(8, 1.5),
+                run("mor", 0): result(1, 1.0),  # one seed, where others have two
+                run("ponder", 0): result(1, 1.0), run("ponder", 1): {"flops": None, "curve": []}}
+    assert lines_of(finished) == [("loop", [(2, 3.5), (4, 2.5)]), ("pause", [(6, 2.0), (8, 1.25)])]
+    assert lines_of({}) == []
 
 
 @pytest.mark.parametrize("words,wanted", [
