@@ -98,7 +98,7 @@ class Ticks:
 
     Everything else goes to the model's own `one_pass`. CUDA graphs are recorded for each number of rows and
     each capacity, over buffers of their own: a log moves into them when it comes for the first time, and they
-    are used again when it has gone.
+    are used again when it has gone. A few that nobody uses are kept.
     """
 
     def __init__(self, model, **options) -> None:
@@ -123,6 +123,8 @@ class Ticks:
             if tape.fits(x, log, layers):
                 break
         else:
+            idle = [tape for tape in self.tapes if tape.idle()]
+            self.tapes = [tape for tape in self.tapes if tape not in idle[:-3]]
             tape = Tape(self.run, x, states, log, seat, layers)
             self.tapes.append(tape)
         return tape.play(x, states.pos, log, seat)
@@ -158,13 +160,16 @@ class Tape:
         with torch.cuda.graph(self.graph):
             self.result = run(self.x, still, self.entries, self.seat, layers)
 
+    def idle(self) -> bool:
+        return self.owner is None or self.owner() is None
+
     def fits(self, x, log, layers: tuple) -> bool:
         """Whether this graph is of these shapes, and its buffers belong to this log or to none that still
         lives.
         """
         shapes = {name: entry.shape for name, entry in self.entries.items()}
         same = shapes == {name: entry.shape for name, entry in log.entries.items()}
-        mine = self.owner is None or self.owner() in (log, None)
+        mine = self.idle() or self.owner() is log
         return same and mine and layers == self.layers and x.dtype == self.x.dtype
 
     def play(self, x, pos, log, seat):
