@@ -5,22 +5,20 @@ inside the functions, so that --help answers at once.
 """
 
 import warnings
-from functools import cache, partial
+from functools import partial
 
 from common import BadInput, precision, reason
 
 
-@cache
 def compiles(wanted: bool | None, device) -> bool:
     """What a --compile flag means on a device; None: on CUDA only. Raises BadInput where nothing compiles."""
-    import torch
+    from log import broken_compiler
     wanted = device.type == "cuda" if wanted is None else wanted
     if wanted:
         warnings.filterwarnings("ignore", "TensorFloat32")  # float32 is float32: the router's logits are
-        try:
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
-        except Exception as error:
-            raise BadInput(f"torch.compile fails here, so give --compile=False: {reason(error)}") from None
+        error = broken_compiler(device)
+        if error:
+            raise BadInput(f"torch.compile fails here, so give --compile=False: {reason(error)}")
     return wanted
 
 

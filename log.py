@@ -21,6 +21,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -161,8 +162,13 @@ class Log:
         new.entries = {name: entry[chosen] for name, entry in self.entries.items()}
         return new
 
-    def replace(self, rows: Tensor, other: "Log") -> None:
-        """Empties some rows and gives them what another log holds, a row each."""
+    def replace(self, rows: Tensor, other: "Log", B: int) -> None:
+        """Empties some of the B rows and gives them what another log holds, a row each."""
+        if not self.entries:  # of a pass that none of these rows has made
+            for name, entry in other.entries.items():
+                self.entries[name] = entry.new_full((B, *entry.shape[1:]), FAR if name == "order" else 0)
+        for name in ("order", "column"):  # passes of the same states share them
+            self.entries[name] = self.entries[name].clone()
         if other.size > self.entries["order"].size(2):
             self.make_room(other.size)
         self.entries["order"][rows] = FAR
@@ -206,8 +212,8 @@ class Cache:
         one.
         """
         index = torch.tensor(chosen, device=self.at["pos"].device)
-        for k, log in self.logs.items():
-            log.replace(index, other.logs[k])
+        for k in {*self.logs, *other.logs}:
+            self.logs[k].replace(index, other.logs[k], len(self.at["pos"]))
         self.at["pos"] = self.at["pos"].index_copy(0, index, other.at["pos"])
         return self
 
@@ -221,7 +227,8 @@ def make_mask(states: States, log: Log) -> Tensor | BlockMask | None:
     if log.last == 0 or (states.A == 1 and log.plain):
         return None
     order, column = log.order[:, :, log.last :], log.column[:, :, log.last :]  # (B, 1, A, 1)
-    if order.is_cuda and states.A >= 128 and states.B * states.A * log.size > WRITTEN_OUT:
+    large = states.A >= 128 and states.B * states.A * log.size > WRITTEN_OUT
+    if order.is_cuda and large and not broken_compiler(order.device):
         return block_mask(order, column, log.order, log.column)
     return additive_mask(order, column, log.order, log.column)
 
@@ -242,6 +249,15 @@ def block_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Ten
 
     make = compiled_block_mask if order.is_cuda else create_block_mask
     return make(mask_mod, order.size(0), None, order.size(1), key_order.size(1), device=order.device)
+
+
+@cache
+def broken_compiler(device: torch.device) -> Exception | None:
+    """What torch.compile raises there, tried once."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        return error
 
 
 compiled_block_mask = torch.compile(create_block_mask, dynamic=True)

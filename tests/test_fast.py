@@ -11,6 +11,7 @@ from common import BadInput
 from conftest import said, text
 from conftest import uneven as make
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
+from log import broken_compiler
 
 QWEN = {"head_dim": 12, "n_kv_head": 2, "qkv_bias": True, "qk_norm": True}
 
@@ -21,15 +22,16 @@ def test_a_compiler_that_cannot_compile_is_one_line(monkeypatch):
             raise RuntimeError("backend='inductor' raised:\nCppCompileError: C++ error\n" + "line\n" * 100)
         return call
 
-    compiles.cache_clear()
+    broken_compiler.cache_clear()
     assert compiles(None, torch.device("cpu")) is False and compiles(False, torch.device("cuda")) is False
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(BadInput, match="--compile=False: .*CppCompileError") as error:
         compiles(True, torch.device("cpu"))
     assert len(str(error.value)) < 300
     monkeypatch.setattr(torch, "compile", lambda f: f)
+    broken_compiler.cache_clear()
     assert compiles(True, torch.device("cpu")) is True
-    compiles.cache_clear()
+    broken_compiler.cache_clear()
 
 
 def test_compiled_training_changes_no_number_and_is_compiled_once(monkeypatch):

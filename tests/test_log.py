@@ -101,6 +101,19 @@ def test_rows_of_a_cache_go_on_apart(method):
 
 
 @torch.no_grad()
+def test_a_row_that_is_replaced_brings_passes_along_that_no_other_row_has_made():
+    """As of mor, where another depth is reached when a context is read again."""
+    model = make("mor")
+    first, second = torch.cat((text(1, 12, seed=0), text(1, 12, seed=1))), text(1, 12, seed=2)
+    cache, other = model(first).cache, model(second).cache
+    assert cache.logs.keys() < other.logs.keys()
+    onward = text(2, 5, seed=4)
+    got = model(onward, cache=cache.replace([1], other)).logits[1]
+    whole = torch.cat((second[0], onward[1]))[None]
+    torch.testing.assert_close(got, model(whole).logits[0, 12:], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_squeezing_keeps_what_is_seen():
     """Empty seats go, addresses keep their keys, and the order of a row's entries stays."""
     log = Log()

@@ -14,6 +14,7 @@ import torch._inductor.config as inductor
 
 from baselines import build
 from common import load_checkpoint, save_checkpoint
+from log import broken_compiler
 from model import Config
 from tokenizer import get_tokenizer, make_tokenizer
 
@@ -182,7 +183,9 @@ def test_a_model_whose_predictions_are_not_finite_is_one_line(checkpoint, shown,
 
 def test_compiling_without_a_compiler(checkpoint, shown, monkeypatch):
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    broken_compiler.cache_clear()
     assert "--compile=False" in shown(checkpoint, "a", "--compile", code=2)[1]
+    broken_compiler.cache_clear()
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_said(checkpoint, shown, tmp_path):
