@@ -55,6 +55,7 @@ class Progress:
     products: int = 0  # FLOPs of their forwards in matrix products: exact, all processes together
     attention: int = 0  # the same in attention
     best: float = math.inf  # lowest validation loss
+    start: float = 0.0  # latent steps in validation before the first step, of a model that starts trained
     result: dict = field(default_factory=dict)  # the last evaluation
     threshold: tuple | None = None  # what the BudgetController remembers
     log: tuple = (0, "")  # length and checksum of log.jsonl

@@ -39,11 +39,13 @@ def make_optimizer(model: LLaMA, config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, weight_decay=0.0, fused=True)
 
 
-def budget_at(config, step: int) -> float:
-    """Latent steps per token to aim for. They come to the budget over the share `course` of the training: from
-    ℓ_max, so that every step is learnt before any is pruned; from none where a model starts trained.
+def budget_at(config, step: int, start: float = 0.0) -> float:
+    """Latent steps per token to aim for. They come to the budget over the share `course` of the training.
+
+    From ℓ_max, so that every step is learnt before any is pruned; where a model starts trained, from `start`,
+    what it does as it comes: none with a new router.
     """
-    start = 0 if config.init_from else config.max_latent
+    start = start if config.init_from else config.max_latent
     progress = min(1.0, (step + 1) / max(1.0, config.course * config.max_steps))
     return start + (config.budget - start) * progress
 
@@ -81,7 +83,8 @@ class BudgetController:
         if i < self.bins:
             aim = self.span - width * (i + float(1 - (above[i] - wanted) / counts[i]))
         else:  # even all that were asked for are no more: below the lowest
-            aim = self.span - width * (int(counts.nonzero()[-1]) + 1) - 1
+            lowest = int(counts.nonzero()[-1]) if counts.any() else self.bins - 1
+            aim = self.span - width * (lowest + 1) - 1
         level, trend = self.state or (aim, 0.0)
         error = aim - (level + trend)
         trend += self.rate**2 / 4 * error

@@ -7,7 +7,8 @@
 
 What is notable here:
 * A batch is a function of (seed, step), and each process takes its slice of it: any number of processes sees
-  the same tokens. With --resume a run that was killed goes on bit for bit, and needs no data state.
+  the same tokens. With --resume a run that was killed goes on bit for bit (on a GPU but for
+  rounding), and needs no data state.
 * `budget` is the mean number of latent steps per token: the threshold τ moves so that it is met throughout.
 * FLOPs are those of the executed steps, halted tokens really absent; MFU is against a roof measured before.
 * A run leaves log.jsonl, ckpt.pt, best.pt (of the lowest validation loss) and, at its end, summary.json.
@@ -62,7 +63,7 @@ class Train(Config):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     budget: float | None = None  # mean latent steps per token, met by moving τ; None: τ stays
-    course: float = 0.5  # share of the steps over which their aim comes to the budget, from max_latent; 0: none
+    course: float = 0.5  # share of the steps in which the aim comes to it from max_latent; 0: none
     eval_every: int = 100  # steps between evaluations
     eval_windows: int = 128  # windows of validation text, the same for every method and seed
     save_every: int = 100  # steps between checkpoints
@@ -177,7 +178,7 @@ def train(config: Train) -> dict:
         keeps = config.keep_every > 0 and step > 0 and step % config.keep_every == 0
         if saves or keeps or improves:
             check_finite({"largest weight": largest(model, optimizer)}, step, path)
-        if RANK == 0 or sharded:
+        if (RANK == 0 or sharded) and (saves or keeps or improves):
             at.log = log_state(log)
             about = {"train": asdict(config), "data": data.fingerprint, **asdict(at)}
             if improves:
@@ -189,9 +190,13 @@ def train(config: Train) -> dict:
                 save(path, model, data.tokenizer, **about, optimizer=trained)
         if config.init_from and step == 0:  # only now, as a run exists from its first checkpoint
             result = evaluate(model, data, config, micro, device, stop)
-            at.result = {"step": 0} | result if result else {}
+            stopping = not result
             if result:
+                at.result = {"step": 0} | result
+                at.start, at.best = result["val_steps"], result["val_loss"]
                 write_log(log, at.result, board)
+            if result and (RANK == 0 or sharded):
+                save(out / "best.pt", model, data.tokenizer, **about | asdict(at))
         if result:
             validation = f"val {result['val_loss']:.4f}  latent {result['val_steps']:.2f}"
             say(f"step {step:>6}  {validation}  {shown}")
@@ -251,7 +256,7 @@ def train(config: Train) -> dict:
         optimizer.zero_grad(set_to_none=True)
         tau = model.tau
         if controller:
-            model.tau = controller.update(asked, budget_at(config, step) * step_tokens)
+            model.tau = controller.update(asked, budget_at(config, step, at.start) * step_tokens)
             at.threshold = controller.state
         took = time.perf_counter() - began
         at.step = step + 1

@@ -77,5 +77,11 @@ def test_the_course_of_a_budget():
     config.init_from = "out/vanilla"
     course = [budget_at(config, step) for step in range(100)]
     assert course[0] == pytest.approx(0.03) and course[24] == 0.75 and set(course[49:]) == {1.5}
+    assert budget_at(config, 24, 2.5) == 2.0, "from what a model that thinks does already"
     config.course = 0.0
     assert {budget_at(config, step) for step in range(100)} == {1.5}
+
+
+def test_reach_that_vanishes_is_below_every_threshold():
+    controller = BudgetController()
+    assert 0 < controller.update(controller.count(torch.zeros(4, 3)), 2.0) < 1e-5

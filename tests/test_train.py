@@ -314,6 +314,9 @@ def test_a_run_begins_with_what_its_source_could(source, method, latent, sources
     assert f"starts from {sources / source}: " in out and "set otherwise, and not used: n_layer 2" in out
     assert ("new: router.weight" in out) == (method == "adaptive" and source != "adaptive")
     assert ("every first reach is below τ" in out) == (latent == 3)
+    checkpoint = load_checkpoint(tmp_path)[2]
+    assert checkpoint["start"] == before["val_steps"] and checkpoint["best"] <= before["val_loss"]
+    assert load_checkpoint(tmp_path / "best.pt")[2]["result"]["val_loss"] == checkpoint["best"]
 
 
 def test_a_source_need_not_stay(sources, data, tmp_path):
