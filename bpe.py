@@ -42,18 +42,35 @@ def train_bpe(files: list[Path], config, pattern: str) -> dict[bytes, int]:
 
 
 def training_text(files: list[Path], config) -> Iterator[str]:
-    """The beginnings of the documents that do not become validation text, as long as MOST allows."""
+    """The beginnings of the documents that become training text, as long as MOST allows.
+
+    Where so few documents are there that prepare.py cuts its validation text off the end of all text, what is
+    learnt from ends well before that.
+    """
+    sizes, sides = [], set()
+    for _, size, held_out in beginnings(files, config):
+        sizes.append(size)
+        sides.add(held_out)
     left = MOST
-    for path in files:
-        text, digest = "", hashlib.sha256()
-        for piece in read_pieces(path, config.key, config.separator.replace("\\n", "\n")):
-            digest.update((piece.text or "").encode("utf-8", "replace"))
-            text += (piece.text or "")[: EACH - len(text)]
-            if not piece.ends:
-                continue
-            if left > 0 and not validates(digest.digest(), config.val_fraction):
-                yield text
-                left -= len(text)
-            text, digest = "", hashlib.sha256()
+    if len(sides) == 1:
+        left = min(MOST, int(sum(sizes) * (1 - config.val_fraction) ** 2))
+    for text, size, held_out in beginnings(files, config):
         if left <= 0:
             return
+        if len(sides) == 1 or not held_out:
+            yield text[:left]
+            left -= size
+
+
+def beginnings(files: list[Path], config) -> Iterator[tuple[str, int, bool]]:
+    """Of each document: its first characters, how many it has, and whether it is to be validation text."""
+    for path in files:
+        text, size, digest = "", 0, hashlib.sha256()
+        for piece in read_pieces(path, config.key, config.separator.replace("\\n", "\n")):
+            new = (piece.text or "").encode("utf-8", "replace")
+            digest.update(new)
+            text += new.decode()[: EACH - len(text)]
+            size += len(piece.text or "")
+            if piece.ends:
+                yield text, size, validates(digest.digest(), config.val_fraction)
+                text, size, digest = "", 0, hashlib.sha256()

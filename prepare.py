@@ -193,7 +193,9 @@ def cut_tail(folder: Path, counts: dict, fraction: float, tokenizer: tiktoken.En
     train["tokens"] = first
     train["bytes"] -= val["bytes"]
     train["documents"] = max(1, train["documents"] - val["documents"])
-    os.truncate(folder / "train.bin", first * tokens.itemsize)
+    size = first * tokens.itemsize
+    del tokens, part, text  # Windows cuts no file that is mapped
+    os.truncate(folder / "train.bin", size)
 
 
 def prepare(config: Prepare) -> Path:

@@ -64,6 +64,26 @@ def test_validation_text_is_not_learnt(tmp_path):
     assert data_of(write(tmp_path / "others", others + unseen)).meta["tokenizer"] == first
 
 
+@pytest.mark.parametrize("suffix,held_out", [("a", False), ("c", True)])
+def test_the_end_of_a_single_document_is_not_learnt(suffix, held_out, tmp_path):
+    """On whichever side the document falls: the end of the text becomes validation text."""
+    words = "".join(TEXTS[:50]) + suffix
+    assert validates(hashlib.sha256(words.encode()).digest(), 0.3) == held_out
+    first = data_of(write(tmp_path / "one", [words]))
+    cut = len(first.tokenizer.decode(first.tokens["train"].tolist()))
+    assert first.tokenizer.n_vocab > 300 and 0.6 < cut / len(words) < 0.8
+    other = words[:cut] + "zebra quagga " * ((len(words) - cut) // 13)
+    other += "." * (len(words) - len(other))
+    assert data_of(write(tmp_path / "two", [other])).meta["tokenizer"] == first.meta["tokenizer"]
+
+
+def test_half_a_surrogate_is_no_reason_to_stop(tmp_path):
+    path = tmp_path / "web.jsonl"
+    path.write_text("".join(f'{{"text": "word{i % 7} cut off \\ud83d {i}"}}\n' for i in range(60)))
+    data = Data(str(prepare(Prepare([str(path)], tokenizer="bpe:300", out=str(tmp_path)))), 1)
+    assert data.tokenizer.n_vocab == 300
+
+
 def test_it_is_restored_from_what_is_stored(tmp_path):
     data = data_of(write(tmp_path / "texts", TEXTS))
     again = restore_tokenizer(data.meta["tokenizer"], (data.folder / "ranks.tiktoken").read_bytes())
