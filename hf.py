@@ -239,7 +239,6 @@ def exported(model: LLaMA) -> tuple[dict[str, Tensor], bool]:
 
 def write_weights(weights: dict[str, Tensor], folder: Path, most: int) -> None:
     """model.safetensors, or several files of at most `most` bytes, a larger tensor apart, and their index."""
-    save = optional("safetensors.torch", "hf.py").save_file
     shards = [{}]
     room = most
     for name, tensor in weights.items():
@@ -249,15 +248,24 @@ def write_weights(weights: dict[str, Tensor], folder: Path, most: int) -> None:
         shards[-1][name] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        save(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        write_shard(shards[0], folder / "model.safetensors")
         return
     listed = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save(shard, folder / file, metadata={"format": "pt"})
+        write_shard(shard, folder / file)
         listed |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": sum(t.nbytes for t in weights.values())}, "weight_map": listed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def write_shard(weights: dict[str, Tensor], path: Path) -> None:
+    """Raises OSError where it cannot be written; safetensors has an error of its own for a full disk."""
+    save = optional("safetensors.torch", "hf.py").save_file
+    try:
+        save(weights, path, metadata={"format": "pt"})
+    except Exception as error:
+        raise OSError(reason(error)) from None
 
 
 def export_model(config: HF) -> None:
@@ -272,6 +280,7 @@ def export_model(config: HF) -> None:
     weights, tied = exported(model)
     try:
         about = describe_model(model, tokenizer.eot_token, tied)
+        tokens = to_json(tokenizer)
     except ValueError as error:
         raise BadInput(f"{config.source} cannot be exported: {error}") from None
     of_tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END,
@@ -283,7 +292,7 @@ def export_model(config: HF) -> None:
             new.mkdir()
             write_weights(weights, new, SHARD)
             (new / "config.json").write_text(json.dumps(about, indent=1) + "\n")
-            (new / "tokenizer.json").write_text(to_json(tokenizer) + "\n", encoding="utf-8")
+            (new / "tokenizer.json").write_text(tokens + "\n", encoding="utf-8")
             (new / "tokenizer_config.json").write_text(json.dumps(of_tokenizer, indent=1) + "\n")
             os.rename(new, target)
     except OSError as error:

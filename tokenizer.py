@@ -12,6 +12,7 @@ What is notable here:
 import base64
 import hashlib
 import json
+import re
 import unicodedata
 from pathlib import Path
 
@@ -25,6 +26,7 @@ END = "<|endoftext|>"  # ends every document
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # The same on what is left when digits are cut out first, so that a word ends where a digit follows
 DIGITS_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}%s| ?[^\s\p{L}\p{N}]++|\s+(?![^\s\p{N}])|\s+"
+REPEATED = re.compile(r"(\{\d*,?\d*\})\+")  # possessive here; Hugging Face's tokenizers repeat it once more
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -146,7 +148,8 @@ def pattern_of(pre: dict | None) -> str | None:
     if kinds == ["Digits"] and by_gpt2:
         return DIGITS_PATTERN % ("" if first[0]["individual_digits"] else "++")
     isolated = kinds == ["Split"] and first[0]["behavior"] == "Isolated" and not first[0].get("invert")
-    return first[0]["pattern"].get("Regex") if isolated and not by_gpt2 else None
+    pattern = first[0]["pattern"].get("Regex") if isolated and not by_gpt2 else None
+    return None if REPEATED.search(pattern or "") else pattern
 
 
 def leaves_out(pattern: str) -> str:
@@ -206,6 +209,8 @@ def _from_spec(spec: dict, name: str, end: int | None) -> tiktoken.Encoding:
         raise ValueError("its tokens are not numbered in the order of its merges, as ranks are")
     reached = {left + right for left, right in merges}
     byte_of = {character: byte for byte, character in enumerate(alphabet())}
+    if model.get("unk_token") and not byte_of.keys() <= vocabulary.keys():
+        raise ValueError(f"unk_token {model['unk_token']!r} for bytes without a token is not supported")
     ranks = {}
     for token, number in vocabulary.items():
         if token not in special and (len(token) == 1 or token in reached or model.get("ignore_merges")):
@@ -224,8 +229,14 @@ def _from_spec(spec: dict, name: str, end: int | None) -> tiktoken.Encoding:
 
 
 def to_json(tokenizer: tiktoken.Encoding) -> str:
-    """The tokenizer.json of a tokenizer, from which Hugging Face's `tokenizers` makes the same tokens."""
+    """The tokenizer.json of a tokenizer, from which Hugging Face's `tokenizers` makes the same tokens.
+
+    At the end of an alternative {1,3} says what tiktoken's possessive {1,3}+ does; elsewhere ValueError.
+    """
     letters = alphabet()
+    pattern = re.sub(REPEATED.pattern + r"(?=[|)]|$)", r"\1", tokenizer._pat_str)
+    if REPEATED.search(pattern):
+        raise ValueError(f"the pattern {pattern} means something else in Hugging Face's tokenizers")
     ranks = tokenizer._mergeable_ranks
     vocabulary = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
     merges = []
@@ -238,7 +249,7 @@ def to_json(tokenizer: tiktoken.Encoding) -> str:
         about = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         added.append({"id": number, "content": content} | about)
         vocabulary[content] = number  # or else it would be numbered behind all others
-    cut = {"type": "Split", "pattern": {"Regex": tokenizer._pat_str}, "behavior": "Isolated", "invert": False}
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,

@@ -228,6 +228,18 @@ def test_what_hugging_face_cannot_compute_is_refused(method, tmp_path, call):
     assert f"of method {method}," in err and not (tmp_path / "hf").exists()
 
 
+def test_a_full_disk_is_one_line(tmp_path, call, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    def full(*_, **__):
+        raise RuntimeError("I/O error: No space left on device")
+
+    save_checkpoint(tmp_path / "ckpt.pt", uneven("vanilla", vocab_size=257), get_tokenizer("bytes"))
+    monkeypatch.setattr(safetensors, "save_file", full)
+    _, err = call("hf", "export", tmp_path, tmp_path / "hf", code=2)
+    assert "hf cannot be written: " in err and "No space left" in err and not (tmp_path / "hf").exists()
+
+
 def test_biases_beside_normed_heads_cannot_go_out(tmp_path, call):
     model = uneven("vanilla", vocab_size=257, qkv_bias=True, qk_norm=True)
     save_checkpoint(tmp_path / "ckpt.pt", model, get_tokenizer("bytes"))

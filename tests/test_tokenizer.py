@@ -166,6 +166,17 @@ def test_a_tokenizer_of_tiktoken_goes_out_and_comes_back(spec, tmp_path):
         assert same_tokens(describe(read(tmp_path, to_json(ours))), describe(ours))
 
 
+def test_digits_in_threes_go_out_as_they_are_cut_here():
+    tokenizers = pytest.importorskip("tokenizers")
+    ranks = BYTES | {b"12": 256, b"34": 257, b"123": 258, b"1234": 259}
+    ours = make_tokenizer("threes", r"\p{N}{1,3}+|\P{N}++", ranks)
+    theirs = tokenizers.Tokenizer.from_str(to_json(ours))
+    for text in ("1234", "12 12345678x9"):
+        assert theirs.encode(text).ids == ours.encode_ordinary(text)
+    with pytest.raises(ValueError, match="means something else"):
+        to_json(make_tokenizer("odd", r"\p{N}{1,3}+x|\p{N}|\P{N}", ranks))
+
+
 def test_halves_are_what_a_token_is_merged_from():
     ranks = BYTES | {b"ab": 256, b"bc": 257, b"abc": 258, b"xyz": 259}
     assert halves(b"abc", ranks) == [b"ab", b"c"] and halves(b"bc", ranks) == [b"b", b"c"]
@@ -217,6 +228,8 @@ BLANKS = {"id": 900, "content": "    ", "special": False}
 @pytest.mark.parametrize("broken,words", [
     (change_model(type="WordPiece"), "WordPiece.*byte-level BPE"),
     (change_model(byte_fallback=True), "SentencePiece"),
+    (change(pre_tokenizer=sequence(split(r"\p{N}{1,3}+|\P{N}+"), LEVEL)), "want Byte"),
+    (lambda spec: [spec["model"]["vocab"].pop("Z"), spec["model"].update(unk_token="a")], "unk_token 'a'"),
     (change_model(dropout=0.1), "dropout 0.1"), (change_model(end_of_word_suffix="</w>"), "end_of_word"),
     (change(normalizer=PREPEND), "Prepend"), (change(normalizer={"type": "NFKC"}), "NFKC"),
     (change(pre_tokenizer=None), "want Byte"), (change(pre_tokenizer={"type": "Metaspace"}), "want Byte"),
