@@ -193,6 +193,21 @@ def check_no_run(folder: Path, advice: str) -> None:
             raise BadInput(f"{folder} holds a run already ({name}): {advice}")
 
 
+def turn(model, run: str, tau: float | None, max_latent: int | None) -> None:
+    """Sets τ and ℓ_max of a loaded model, where they are given. Raises BadInput where they turn nothing."""
+    config = model.config
+    thinks = config.method != "vanilla" and config.max_latent > 0
+    if tau is not None and not (thinks and config.method == "adaptive"):
+        raise BadInput(f"--tau={tau:g} turns nothing: {run} holds a model of method {config.method} with at "
+                       f"most {config.max_latent} latent steps, which no threshold ends")
+    if max_latent is not None and not thinks:
+        raise BadInput(f"--max_latent={max_latent} turns nothing: {run} holds a model without latent steps")
+    if config.method == "mor" and (max_latent or 0) > config.max_latent:
+        raise BadInput(f"--max_latent={max_latent}: the router of {run} knows at most {config.max_latent}")
+    model.tau = model.tau if tau is None else tau
+    model.max_latent = model.max_latent if max_latent is None else max_latent
+
+
 def save_checkpoint(path: str | Path, model, tokenizer, weights=None, **rest) -> None:
     """Writes the model, its tokenizer and `rest` (plain values and tensors). weights: instead of the model's.
 
@@ -231,7 +246,7 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
             damaged = file.testzip()  # torch.load does not compare the checksums
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no GPU holds moments
     except Exception as error:  # of any kind, as the bytes may be any
         why = "it holds code" if "weights_only" in str(error) else reason(error)
         raise BadInput(f"{path} is corrupt or no checkpoint: {why}") from None
@@ -243,7 +258,7 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
         config = Config(**checkpoint["config"])
         with torch.device("meta"):  # allocates nothing, whatever sizes the file names
             expected = build(config).state_dict()
-        tokenizer = restore_tokenizer(checkpoint["tokenizer"], bytes(checkpoint["ranks"].cpu().numpy()))
+        tokenizer = restore_tokenizer(checkpoint["tokenizer"], bytes(checkpoint["ranks"].numpy()))
         if "parts" in checkpoint and not parts:
             return None, tokenizer, checkpoint
         if "parts" in checkpoint:

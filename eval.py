@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from analysis import analyze, draw, further_steps, print_tables
 from common import (BadInput, autocast, check_output, check_predictions, configure, load_checkpoint, optional,
-                    pick_device, run, write_whole)
+                    pick_device, run, turn, write_whole)
 from documents import encode, find_files, read_pieces
 from log import Cache, pad
 from model import LLaMA
@@ -107,11 +107,12 @@ def read_parts(paths: list[str], tokenizer, key: str, separator: str) -> Iterato
             yield read_bin(Path(path), tokenizer)
             continue
         for file in find_files([path]):
-            tokens, blank = [], True
+            tokens, blank, broken = [], True, False
             for piece in read_pieces(file, key, separator.replace("\\n", "\n")):
-                new = encode(tokenizer, [piece.text or ""])[0]
-                if piece.text is None or new is None:
-                    print(f"eval.py: {file}: a document is left out, as it is no text", file=sys.stderr)
+                new = None if broken or piece.text is None else encode(tokenizer, [piece.text])[0]
+                if new is None and not broken:
+                    print(f"eval.py: {file}: left out from where a document is no text", file=sys.stderr)
+                    broken = True
                 tokens += new or []
                 blank = blank and not (piece.text or "").strip()
                 if piece.ends:
@@ -120,7 +121,7 @@ def read_parts(paths: list[str], tokenizer, key: str, separator: str) -> Iterato
                     yield np.array(tokens, dtype_of(tokenizer))
                     tokens = []
                 if piece.ends:
-                    tokens, blank = [], True
+                    tokens, blank, broken = [], True, False
 
 
 def read_bin(path: Path, tokenizer) -> np.ndarray:
@@ -301,10 +302,8 @@ def check(config: Eval, model: LLaMA) -> None:
     if (config.stride or 0) > model.config.block_size:
         raise BadInput(f"--stride={config.stride} is beyond the context of {model.config.block_size} tokens: "
                        "some tokens would not be counted")
-    turned = config.sweep or config.tau is not None or config.max_latent is not None
-    if model.config.method == "vanilla" and turned:
-        raise BadInput(f"{config.run} holds a vanilla model, which takes no latent steps: "
-                       "--sweep, --tau and --max_latent turn nothing")
+    if config.sweep and (model.config.method == "vanilla" or model.config.max_latent == 0):
+        raise BadInput(f"--sweep turns nothing: {config.run} holds a model without latent steps")
     for flag in ("html", "plot", "json"):
         if getattr(config, flag):
             check_output(getattr(config, flag), f"--{flag}")
@@ -316,6 +315,7 @@ def evaluate(config: Eval) -> None:
     device = pick_device(config.device)
     model, tokenizer, checkpoint = load_checkpoint(config.run, device)
     check(config, model)
+    turn(model, config.run, config.tau, config.max_latent)
     ids = None
     if config.text:
         ids = read_text(config.text, tokenizer, config.key, config.separator, config.max_tokens)
@@ -326,8 +326,6 @@ def evaluate(config: Eval) -> None:
         ids = read_text([str(own)], tokenizer, most=config.max_tokens or MOST)
         if config.max_tokens is None and len(ids) == MOST:
             print(f"the first {MOST:,} tokens of {own}; --max_tokens reads fewer or more")
-    model.tau = model.tau if config.tau is None else config.tau
-    model.max_latent = model.max_latent if config.max_latent is None else config.max_latent
     method = model.config.method
     found = {"run": config.run, "step": checkpoint.get("step"), "method": method,
              "tau": model.tau, "max_latent": model.max_latent, "device": str(device)}

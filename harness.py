@@ -21,14 +21,18 @@ import torch
 from common import BadInput, optional, reason
 from eval import Eval, Tally, score, windows
 from model import LLaMA
+from page import bytes_of
 
 optional("lm_eval", "--tasks")
-from lm_eval import evaluate
-from lm_eval.api.model import LM
-from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import make_table
+try:
+    from lm_eval import evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.tasks import TaskManager
+    from lm_eval.utils import make_table
+except ImportError as error:
+    raise BadInput(f"--tasks needs a newer lm-eval: pip install -U lm-eval ({reason(error)})") from None
 
 PLAIN = ("lambada_openai", "lambada_standard", "arc_easy", "piqa", "winogrande", "sciq", "race")
 NORMALIZED = ("arc_challenge", "hellaswag")  # acc_norm enters the average, a custom; the paper is silent
@@ -107,8 +111,7 @@ class Harness(LM):
                 for row, token in zip(new.row.tolist(), new.token.tolist()):
                     if row in going:
                         said[row].append(token)
-                        if token < self.tokenizer.n_vocab:  # the model's vocabulary may be padded
-                            texts[row] += self.tokenizer.decode_single_token_bytes(token)
+                        texts[row] += bytes_of(self.tokenizer, token)
                         if any(stop.encode() in texts[row] for stop in until if stop):
                             going.remove(row)
                 if not going:

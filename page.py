@@ -109,8 +109,11 @@ def answer(logits: Tensor, said: Tensor) -> list[tuple[float, list[tuple[int, fl
 
 
 def bytes_of(tokenizer, token: int) -> bytes:
-    """Of a token; none where the model's vocabulary is padded beyond the tokenizer's."""
-    return tokenizer.decode_single_token_bytes(token) if token < tokenizer.n_vocab else b""
+    """Of a token; none for a number that is no token's: the model's vocabulary may be larger."""
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
 
 
 # --------------------------------------------------------------------------------------- characters and words
@@ -171,7 +174,8 @@ def html_page(note: str, model: LLaMA, tokenizer, texts: list[list[Piece]],
     tokens = {piece.token for piece in pieces}
     tokens |= {token for piece in pieces for view in piece.views for token, _ in view.likeliest}
     names = {i: bytes_of(tokenizer, i).decode("utf-8", "backslashreplace") for i in sorted(tokens)}
-    data = {"note": note, "method": model.config.method, "most": model.max_latent,
+    method = model.config.method if model.config.max_latent else "vanilla"
+    data = {"note": note, "method": method, "most": model.max_latent,
             "written": prompt is not None, "names": names, "texts": shown}
     dense = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     safe = dense.replace("<", "\\u003c")  # no text ends the script that it stands in

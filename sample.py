@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from common import BadInput, autocast, check_output, check_predictions, configure, load_checkpoint
-from common import pick_device, precision, reason, run, write_whole
+from common import pick_device, precision, reason, run, turn, write_whole
 from documents import cut, encode
 from fast import compile_ticks, compiles, lay_out
 from model import LLaMA
@@ -142,8 +142,7 @@ def main() -> None:
     if config.method not in (None, model.config.method):
         raise BadInput(f"{config.run} holds a model of method {model.config.method}, not {config.method}")
     ids = prompt_tokens(read_prompt(config), tokenizer, model.config.block_size)
-    model.tau = model.tau if config.tau is None else config.tau
-    model.max_latent = model.max_latent if config.max_latent is None else config.max_latent
+    turn(model, config.run, config.tau, config.max_latent)
     lay_out(model, precision(device, config.dtype))
     if compiles(config.compile, device):
         say("compiling; the first tokens take a while")

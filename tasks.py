@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from common import (BadInput, about, check_output, configure, load_checkpoint, pick_device, run, table,
-                    write_whole)
+                    turn, write_whole)
 from prepare import Data
 from tokenizer import describe, same_tokens
 
@@ -96,9 +96,7 @@ def main() -> None:
         raise BadInput(f"--data={config.data} is not of prepare.py --task=hops")
     if not same_tokens(describe(tokenizer), describe(data.tokenizer)):
         raise BadInput(f"{config.run} was trained with another tokenizer than that of --data={config.data}")
-    for name in ("tau", "max_latent"):
-        if getattr(config, name) is not None:
-            setattr(model, name, getattr(config, name))
+    turn(model, config.run, config.tau, config.max_latent)
     rows = answers(model, data, config.documents)
     shown = [[row["hops"] or "elsewhere", "" if row["accuracy"] is None else f"{row['accuracy']:.1%}",
               f"{row['steps']:.2f}"] for row in rows]

@@ -10,7 +10,7 @@ import torch
 
 from common import (
     BadInput, about, autocast, check_output, check_tensor, load_checkpoint, measure_roof, optional,
-    pick_device, precision, save_checkpoint, table, timed, write_whole)
+    pick_device, precision, save_checkpoint, table, timed, turn, write_whole)
 from conftest import uneven
 from tokenizer import get_tokenizer
 
@@ -266,3 +266,21 @@ def test_check_tensor():
     for bad in (torch.ones(3), torch.ones(2).double(), torch.tensor([1.0, float("nan")]), [1.0, 2.0], None):
         with pytest.raises(BadInput, match="^opt "):
             check_tensor("opt", bad, torch.zeros(2))
+
+
+@pytest.mark.parametrize("method,settings,dials,word", [
+    ("adaptive", {}, (0.5, 1), ""), ("adaptive", {}, (None, 9), ""), ("loop", {}, (None, 1), ""),
+    ("vanilla", {}, (0.5, None), "--tau=0.5"), ("loop", {}, (0.5, None), "--tau=0.5"),
+    ("adaptive", {"max_latent": 0}, (0.5, None), "--tau=0.5"),
+    ("vanilla", {}, (None, 1), "--max_latent=1"), ("adaptive", {"max_latent": 0}, (None, 1), "--max_latent=1"),
+    ("mor", {}, (None, 2), ""), ("mor", {}, (None, 4), "knows at most 3")])
+def test_dials_that_turn_nothing_are_refused(method, settings, dials, word):
+    model = uneven(method, **settings)
+    before = model.tau, model.max_latent
+    if word:
+        with pytest.raises(BadInput, match=word):
+            turn(model, "out/run", *dials)
+        assert (model.tau, model.max_latent) == before
+    else:
+        turn(model, "out/run", *dials)
+        assert (model.tau, model.max_latent) == tuple(a if b is None else b for a, b in zip(before, dials))

@@ -192,6 +192,16 @@ def test_a_document_in_pieces_is_read_as_a_whole(tmp_path):
     assert bytes(ids[:-1].astype(np.uint8)).decode() == text and ids[-1] == END
 
 
+def test_of_a_document_that_turns_out_to_be_no_text_the_rest_is_left_out(tmp_path, capsys):
+    good = "words and more\n" * 100_000
+    (tmp_path / "bad.txt").write_bytes(good.encode() + b"\xff" + b"more of it\n" * 40_000)
+    (tmp_path / "good.txt").write_text("the next one")
+    ids = read_text([str(tmp_path / "bad.txt"), str(tmp_path / "good.txt")], BYTES)
+    first, second = bytes(np.where(ids == END, 0, ids).astype(np.uint8)).rstrip(b"\0").split(b"\0")
+    assert good.encode().startswith(first) and second == b"the next one"
+    assert capsys.readouterr().err.count("bad.txt: left out from where a document is no text") == 1
+
+
 def test_a_large_bin_is_not_read_whole(tmp_path):
     """Of a val.bin of 600 MB, a thousand tokens are read, and as many as the default wants."""
     (tmp_path / "in.txt").write_text(SAYING * 20)
@@ -342,8 +352,9 @@ WRONG = {
     "{root}/adaptive --sweep --plot=figure.jpg": ".png",
     "{root}/adaptive --json={root}/no/where.json": "folder does not exist",
     "{root}/adaptive --html={root}/data": "is a folder",
-    "{root}/vanilla --sweep": "no latent steps",
-    "{root}/vanilla --max_latent=2": "no latent steps",
+    "{root}/vanilla --sweep": "without latent steps",
+    "{root}/vanilla --max_latent=2": "without latent steps",
+    "{root}/vanilla --tau=0.5": "--tau=0.5 turns nothing",
 }
 
 

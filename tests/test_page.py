@@ -14,7 +14,7 @@ import torch
 import reference
 from baselines import METHODS
 from conftest import uneven
-from page import BAR, Piece, bar, contexts, explain, html_page, painted, whole_characters, words
+from page import BAR, Piece, bar, bytes_of, contexts, explain, html_page, painted, whole_characters, words
 from tokenizer import get_tokenizer, make_tokenizer
 
 BYTES = get_tokenizer("bytes")
@@ -34,6 +34,13 @@ def test_characters_wait_until_they_are_whole():
     got = list(whole_characters(iter(pieces + [Piece("é".encode()[:1], 6)])))
     assert [text for text, _ in got] == ["a", "é", "思", "\ufffd"]
     assert [[p.steps for p in group] for _, group in got] == [[0], [1, 2], [3, 4, 5], [6]]
+
+
+def test_a_number_that_is_no_token_has_no_bytes():
+    """As cl100k_base has some below n_vocab, and a padded vocabulary beyond it."""
+    ranks = {bytes([i]): i for i in range(256)}
+    tokenizer = make_tokenizer("holes", r"\S+|\s+", ranks, {"<|endoftext|>": 300})
+    assert [bytes_of(tokenizer, i) for i in (65, 256, 300, 301)] == [b"A", b"", b"<|endoftext|>", b""]
 
 
 def test_no_byte_of_a_text_is_lost():
