@@ -11,6 +11,7 @@ method = "adaptive"
 block_size = 2048
 max_latent = 3
 budget = 1.0
+lam = 0.02
 beta = 2.0
 global_batch_size = 64
 micro_batch_size = 8
