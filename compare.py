@@ -62,7 +62,7 @@ class Compare(Config):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     budget: float | None = None  # mean latent steps per token of adaptive, met by moving τ; None: τ stays
-    course: float = 0.5  # share of the steps over which their aim comes to the budget, from max_latent; 0: none
+    course: float = 0.5  # share of the steps in which the aim comes to it from max_latent; 0: none
     eval_windows: int = 128  # windows of validation text, the same for every run
     device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
@@ -128,7 +128,7 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """A name that no other run has, under any settings."""
+        """A name that no other run has beside the same other settings."""
         return "-".join(f"{name}={value}" for name, value in asdict(self).items())
 
 
@@ -287,14 +287,14 @@ def main() -> None:
     if "tokens" in settings.parts or "flops" in settings.parts:
         runs.show(f"At equal tokens ({seeds} seeds):", list(kinds.values()), seeds)
 
-    if "flops" in settings.parts:  # each for as many steps as adaptive's training FLOPs buy
+    if "flops" in settings.parts:  # each for as many steps as adaptive's FLOPs, or else the most, buy
         costs = {who: runs.of(kind, seeds, "flops") for who, kind in kinds.items()}
         spent = {who: statistics.mean(flops) for who, flops in costs.items() if None not in flops}
-        aim = spent.get("adaptive") or max(spent.values(), default=0)
-        steps = {who: max(1, round(settings.max_steps * aim / flops)) for who, flops in spent.items()}
+        most = "adaptive" if "adaptive" in spent else max(spent, key=spent.get, default="none")
+        steps = {who: max(1, round(settings.max_steps * spent[most] / spent[who])) for who in spent}
         for who in [who for who in kinds if who not in spent]:
             print(f"\n{who} diverged: what its steps cost is not known, so that it is not in the next table")
-        title = "At equal training FLOPs, those of adaptive; the number of steps is what they buy:"
+        title = f"At equal training FLOPs, those of {most}; the number of steps is what they buy:"
         runs.show(title, [replace(kinds[who], max_steps=steps[who]) for who in steps], seeds)
 
     if "pareto" in settings.parts:  # budgets of adaptive, K of its rivals, depths of vanilla

@@ -1,7 +1,7 @@
 """Figures of training: the curves of any runs, and the loss that each method gets for its FLOPs.
 
     python compare.py plot out/tiny out/vanilla              curves.png, also while the runs go on
-    python compare.py plot out/* --file=results/curves.svg
+    python compare.py plot out/tiny/log.jsonl --file=curves.svg
 
 What is notable here:
 * Curves need nothing but the log.jsonl that train.py writes; its last line may be half there.
