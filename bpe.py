@@ -47,19 +47,20 @@ def training_text(files: list[Path], config) -> Iterator[str]:
     Where so few documents are there that prepare.py cuts its validation text off the end of all text, what is
     learnt from ends well before that.
     """
-    sizes, sides = [], set()
+    total, sides = 0, set()
     for _, size, held_out in beginnings(files, config):
-        sizes.append(size)
+        total += size
         sides.add(held_out)
+    cut = len(sides) == 1
+    room = int(total * (1 - config.val_fraction) ** 2) if cut else total  # of all text, may be learnt from
     left = MOST
-    if len(sides) == 1:
-        left = min(MOST, int(sum(sizes) * (1 - config.val_fraction) ** 2))
     for text, size, held_out in beginnings(files, config):
-        if left <= 0:
+        if min(left, room) <= 0:
             return
-        if len(sides) == 1 or not held_out:
-            yield text[:left]
-            left -= size
+        if cut or not held_out:
+            yield text[:room]
+            left -= len(text)
+            room -= size
 
 
 def beginnings(files: list[Path], config) -> Iterator[tuple[str, int, bool]]:
