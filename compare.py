@@ -32,8 +32,8 @@ import torch
 import figures
 from baselines import METHODS
 from common import BadInput, about, check_output, configure, optional, run, table, write_whole
-from model import Config
 from prepare import Data
+from schedule import Recipe
 
 TRAIN = Path(__file__).with_name("train.py")
 DIVERGED = 3  # train.py's exit code where a loss or a gradient is not finite
@@ -46,32 +46,12 @@ FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": 
 
 
 @dataclass
-class Compare(Config):
-    vocab_size: int = 0  # rows of the embedding and of the head; 0: the vocabulary of the data
-    data: str = "data/python"  # folder that prepare.py wrote
+class Compare(Recipe):
     out: str = "out/tiny"  # the folders of the runs stand in <out>-compare-<max_steps>
-    train_tokens: int = 0  # read only the first so many tokens of the training text, again and again; 0: all
-    seed: int = 1337  # of the first run of each kind
-    max_steps: int = 1000  # optimizer steps
-    global_batch_size: int = 16  # sequences in one optimizer step
-    micro_batch_size: int = 0  # sequences in one forward; 0: all of them
-    learning_rate: float = 1e-3  # peak, where the table of rates is not wanted
-    warmup: float = 0.02  # share of the steps in which the learning rate rises
-    weight_decay: float = 0.1  # on matrices only
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: off
-    budget: float | None = None  # mean latent steps per token of adaptive, met by moving τ; None: τ stays
-    course: float = 0.5  # share of the steps in which the aim comes to it from max_latent; 0: none
-    eval_windows: int = 128  # windows of validation text, the same for every run
-    device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
-    dtype: str = ""  # bfloat16 or float32; empty: what the device does well
-    compile: bool | None = None  # torch.compile each block; None: on CUDA only
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     methods: list[str] = field(default_factory=list)  # vanilla, …, "no thoughts", "all steps"; none: all
-    seeds: int = 1  # runs of each kind, from seed, seed + 1, …
+    seeds: int = 1  # runs of each kind: seed, seed + 1, …
     parts: list[str] = field(default_factory=lambda: ["rates", "tokens", "flops"])  # also pareto, lengths
-    rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # each method gets its best
+    rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # each method gets its best of them
     rate_steps: int = 0  # optimizer steps of the runs that find it; 0: max_steps
     budgets: list[float] = field(default_factory=list)  # Pareto; none: 0.5, 1, 1.5, 2 up to max_latent
     ks: list[int] = field(default_factory=list)  # Pareto: latent steps of the rivals; none: 1 to max_latent
@@ -82,8 +62,7 @@ class Compare(Config):
     results: str = "results"  # folder for the JSON
 
     def __post_init__(self) -> None:
-        shape = {f.name: getattr(self, f.name) for f in fields(Config)}
-        Config(**shape | {"vocab_size": self.vocab_size or 1})  # its checks
+        self.model_config(self.vocab_size or 1)  # its checks
         if self.method != "adaptive":
             raise ValueError(f"--method={self.method} is not read here; name the methods with --methods")
         self.methods = self.methods or list(KINDS)
@@ -92,7 +71,7 @@ class Compare(Config):
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"--{name} holds {value!r}, but must hold some of {', '.join(known)}")
-        for budget in (self.budget or 0, *self.budgets):
+        for budget in (self.budget or 0, *self.budgets) if "adaptive" in self.methods else ():
             if budget > self.max_latent > 0:
                 raise ValueError(f"budget {budget:g} does not lie between 0 and max_latent {self.max_latent}")
         self.budgets = self.budgets or [b for b in (0.5, 1.0, 1.5, 2.0) if b <= self.max_latent]
@@ -100,8 +79,7 @@ class Compare(Config):
         self.lengths = self.lengths or [max(1, self.max_steps // 2), self.max_steps]
 
 
-NAMES = [f.name for f in fields(Compare)]
-TRAINED = NAMES[: NAMES.index("methods")]  # what train.py is told; our defaults are its own
+TRAINED = [f.name for f in fields(Recipe)]  # what train.py is told
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,45 @@
-"""What steers a training: learning rate, optimizer, and the budget of latent steps.
+"""What steers a training: its settings, learning rate, optimizer, and the budget of latent steps.
 
 `config` is train.py's Train throughout.
 """
 
 import math
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from model import AdaptiveLatentCoT, LLaMA
+from model import AdaptiveLatentCoT, Config, LLaMA
+
+
+@dataclass
+class Recipe(Config):
+    """A training of a model: what train.py does once, and compare.py with every method."""
+
+    vocab_size: int = 0  # rows of the embedding and of the head; 0: the vocabulary of the data
+    data: str = "data/python"  # folder that prepare.py wrote
+    out: str = "out/tiny"  # folder of this run
+    train_tokens: int = 0  # read only the first so many tokens of the training text, again and again; 0: all
+    seed: int = 1337  # of the weights and of the batches
+    max_steps: int = 1000  # optimizer steps
+    global_batch_size: int = 16  # sequences in one optimizer step, over all processes
+    micro_batch_size: int = 0  # sequences in one forward; 0: all that fall to a process
+    learning_rate: float = 1e-3  # peak; cosine to a tenth of it
+    warmup: float = 0.02  # share of the steps in which the learning rate rises
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: off
+    budget: float | None = None  # mean latent steps per token, met by moving τ; None: τ stays
+    course: float = 0.5  # share of the steps in which the aim comes to it from max_latent; 0: none
+    eval_windows: int = 128  # windows of validation text, the same for every method and seed
+    device: str = ""  # cpu, cuda, cuda:N or mps; empty: cuda where there is one
+    dtype: str = ""  # of matrix products, bfloat16 or float32; empty: what the device does well
+    compile: bool | None = None  # torch.compile each block; None: on CUDA only
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
+
+    def model_config(self, vocab_size: int) -> Config:
+        return Config(**{f.name: getattr(self, f.name) for f in fields(Config)} | {"vocab_size": vocab_size})
 
 
 def learning_rate(config, step: int) -> float:

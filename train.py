@@ -22,7 +22,7 @@ import contextlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,40 +40,19 @@ from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
                   log_state, restore, say, say_stopped, waiting, write_log)
-from schedule import BudgetController, budget_at, learning_rate, make_optimizer, router_rate
+from schedule import BudgetController, Recipe, budget_at, learning_rate, make_optimizer, router_rate
 from shard import save_shared
 
 
 @dataclass
-class Train(Config):
-    vocab_size: int = 0  # rows of the embedding and of the head; 0: the vocabulary of the data
-    data: str = "data/python"  # folder that prepare.py wrote
-    out: str = "out/tiny"  # folder of this run
-    train_tokens: int = 0  # read only the first so many tokens of the training text, again and again; 0: all
+class Train(Recipe):
     resume: bool = False  # go on with the run in out
     init_from: str = ""  # start from the weights and the shape of this run; empty: from random weights
-    seed: int = 1337  # of the weights and of the batches
-    max_steps: int = 1000  # optimizer steps
-    global_batch_size: int = 16  # sequences in one optimizer step, over all processes
-    micro_batch_size: int = 0  # sequences in one forward; 0: all that fall to a process
-    learning_rate: float = 1e-3  # peak; cosine to a tenth of it
-    warmup: float = 0.02  # share of the steps in which the learning rate rises
-    weight_decay: float = 0.1  # on matrices only
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: off
-    budget: float | None = None  # mean latent steps per token, met by moving τ; None: τ stays
-    course: float = 0.5  # share of the steps in which the aim comes to it from max_latent; 0: none
     eval_every: int = 100  # steps between evaluations
-    eval_windows: int = 128  # windows of validation text, the same for every method and seed
     save_every: int = 100  # steps between checkpoints
     keep_every: int = 0  # steps between models that are kept, as ckpt-100.pt and so on; 0: none
     log_every: int = 1  # steps between lines of log.jsonl
-    device: str = ""  # cpu, cuda, cuda:N or mps; empty: cuda where there is one
-    dtype: str = ""  # of matrix products, bfloat16 or float32; empty: what the device does well
-    compile: bool | None = None  # torch.compile each block; None: on CUDA only
     shard: bool = False  # share weights, gradients and AdamW's moments out over the processes
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
     tensorboard: bool = False  # write the numbers of log.jsonl for TensorBoard too, into out
 
     def __post_init__(self) -> None:
@@ -84,9 +63,6 @@ class Train(Config):
             self.lam = 0.0
         if self.budget is not None and not 0 <= self.budget <= self.max_latent:
             raise ValueError(f"budget is {self.budget}, but must lie in [0, max_latent {self.max_latent}]")
-
-    def model_config(self, vocab_size: int) -> Config:
-        return Config(**{f.name: getattr(self, f.name) for f in fields(Config)} | {"vocab_size": vocab_size})
 
 
 def train(config: Train) -> dict:

@@ -350,6 +350,7 @@ def test_default_budgets_fit_max_latent():
     assert Compare(max_latent=1).budgets == [0.5, 1.0]
     assert Compare(max_latent=5).budgets == [0.5, 1.0, 1.5, 2.0]
     assert Compare(max_latent=0).budgets == []
+    Compare(max_latent=1, budget=1.4, methods=["all steps"])  # which has none: not refused
 
 
 def test_runs_are_keyed_by_what_they_are():
