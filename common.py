@@ -243,9 +243,8 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
         raise BadInput(f"{path} does not exist; want the folder of a run of train.py, or its ckpt.pt")
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch.load does not compare the checksums
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+            if damaged := file.testzip():  # torch.load does not compare the checksums
+                raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no GPU holds moments
     except Exception as error:  # of any kind, as the bytes may be any
         why = "it holds code" if "weights_only" in str(error) else reason(error)
@@ -272,8 +271,10 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
             check_tensor(f"{path}: {name}", tensor, expected[name])
         model = build(config).to(device)
         model.load_state_dict(checkpoint["model"])
+    except BadInput:
+        raise
+    except torch.OutOfMemoryError:
+        raise BadInput(f"{path} does not fit into the memory of {device}") from None
     except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
         raise BadInput(f"{path} does not fit the model that it describes: {reason(error)}") from None
     return model.eval(), tokenizer, checkpoint

@@ -1,8 +1,10 @@
 import importlib
 import os
+import signal
 import sys
 from pathlib import Path
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in what it starts with &
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # on small tensors threads only wait for each other
 
 import pytest

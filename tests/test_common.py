@@ -221,6 +221,14 @@ def test_wrong_checkpoints(saved, tmp_path):
         load_checkpoint(tmp_path / "missing")
 
 
+def test_a_model_that_a_device_cannot_hold_is_not_called_corrupt(saved, monkeypatch):
+    def full(self, device):
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(BadInput, match="does not fit into the memory of cpu"):
+        load_checkpoint(saved)
+
+
 @pytest.mark.parametrize("name,value,words", [
     ("n_embd", 64, ["embed.weight", "[257, 32]", "[257, 64]"]), ("n_layer", 2, ["does not fit", "adaptive"]),
     ("block_size", 10**9, ["block_size"]), ("n_ff", 10**18, ["n_ff"]), ("n_layer", 10**9, ["n_layer"]),
