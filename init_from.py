@@ -3,7 +3,7 @@
 What is notable here:
 * A run takes the shape of its source, and keeps the scale of its embedding: without a latent step it says
   exactly what the source said.
-* A new router that is to meet a budget starts with every reach below τ, and the budget lets thoughts in.
+* A new router that is to meet a budget starts with τ above every reach, and the budget lets thoughts in.
 """
 
 import math
@@ -52,7 +52,7 @@ def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
     """Copies what both models have, and says in some lines what was taken over, what is new, what differs.
 
     A router or a pause embedding is taken over from a model of the same method that was trained with it. A
-    new router that is to meet a budget starts with every reach below τ.
+    new router that is to meet a budget starts with τ above every reach.
     """
     old, new = source.state_dict(), model.state_dict()
     a, b = source.config, model.config
@@ -72,7 +72,7 @@ def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
             model.tau = source.tau
         elif budget and 0 < model.tau < 1:
             hold_back(model)
-            lines.append("every first reach is below τ: no latent step at the start; the budget moves τ")
+            lines.append("τ is above every reach: no latent step at the start; the budget moves τ")
     for name in ("block_size", "max_latent"):
         if getattr(a, name) != getattr(b, name):
             lines.append(f"{name} is {getattr(b, name)}, was {getattr(a, name)}")
@@ -84,8 +84,10 @@ def hold_back(model: LLaMA) -> None:
     """Gives an untrained router its start in a trained model: r[t,1] < τ for every token, whatever it reads.
 
     That is so as |w · h| ≤ √d · ‖w ∘ γ‖ for a state h that the last RMSNorm, of weight γ, has put out: w is
-    scaled to keep within 1, and b lies 1 below the logit of τ. What τ then lets in weighs little at first.
+    scaled to keep within 1, and the logit of τ lies 1 above b. So the few thoughts that τ lets in at first
+    have their full weight, without which nothing would train them.
     """
     width = math.sqrt(model.config.n_embd)
     model.router.weight /= 1.05 * width * torch.linalg.vector_norm(model.router.weight * model.norm.weight)
-    model.router.bias.clamp_(max=math.log(model.tau / (1 - model.tau)) - 1)
+    model.router.bias.clamp_(-6, 6)  # where float32 tells reaches apart
+    model.tau = torch.sigmoid(model.router.bias + 1).item()

@@ -51,8 +51,14 @@ def learning_rate(config, step: int) -> float:
     return config.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def router_rate(config) -> float:
-    """Steady throughout: Adam moves a logit over d features by d times the learning rate."""
+def router_rate(config, step: int, start: float = 0.0) -> float:
+    """Steady: Adam moves a logit over d features by d times the learning rate.
+
+    A new router in a model that starts trained waits until the aim has come to the budget: thoughts that no
+    training has reached yet only harm, and a router that learns this weighs them by nothing for good.
+    """
+    if config.init_from and config.budget and not start and step < config.course * config.max_steps:
+        return 0.0
     return 40 / (config.n_embd * config.max_steps)
 
 

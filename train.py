@@ -188,7 +188,8 @@ def train(config: Train) -> dict:
         # What is a function of the step alone, and so the same in every process: learning rate, draws.
         began = time.perf_counter()
         rate = learning_rate(config, step)
-        for group, group_rate in zip(optimizer.param_groups, (rate, rate, router_rate(config))):
+        of_router = router_rate(config, step, at.start)
+        for group, group_rate in zip(optimizer.param_groups, (rate, rate, of_router)):
             group["lr"] = group_rate
         model.draw(config.seed + 1_000_003 * (step + 1))
 

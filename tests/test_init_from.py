@@ -27,16 +27,16 @@ def test_a_router_of_another_number_of_depths_is_new():
     assert "new: router.weight" in take_weights(new, old, True)
 
 
-@pytest.mark.parametrize("tau", [0.02, 0.1, 0.5, 0.95])
-def test_a_new_router_holds_every_step_back(tau):
+@pytest.mark.parametrize("bias", [-100.0, 0.0, 2.0, 100.0])
+def test_a_new_router_holds_every_step_back(bias):
     """Whatever the state: also the one along which it reaches furthest."""
-    old, new = uneven("vanilla", seed=1), uneven(tau=tau, router_bias=2.0)
+    old, new = uneven("vanilla", seed=1), uneven(router_bias=bias)
     old.norm.weight.data.uniform_(0.1, 30)
     assert "no latent step at the start" in take_weights(new, old, True)
     gamma = new.norm.weight
     h = torch.nn.functional.normalize(new.router.weight * gamma) * gamma * 32**0.5
     ahead, live = new.onward(torch.cat((h, -h)), torch.ones(2), torch.zeros(2))
-    assert not live.any() and 0.9 * tau < ahead[0] < tau and ahead[1] < ahead[0]
+    assert not live.any() and 0.9 * new.tau < ahead[0] < new.tau and ahead[1] < ahead[0]
 
 
 def test_without_a_budget_a_router_starts_as_it_is_set():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from schedule import BudgetController, budget_at
+from schedule import BudgetController, budget_at, router_rate
 from train import Train
 
 
@@ -78,6 +78,9 @@ def test_the_course_of_a_budget():
     course = [budget_at(config, step) for step in range(100)]
     assert course[0] == pytest.approx(0.03) and course[24] == 0.75 and set(course[49:]) == {1.5}
     assert budget_at(config, 24, 2.5) == 2.0, "from what a model that thinks does already"
+    rates = [router_rate(config, step) for step in range(100)]
+    assert set(rates[:50]) == {0.0} and set(rates[50:]) == {40 / (128 * 100)}, "a new router waits for it"
+    assert router_rate(config, 0, 2.5) > 0, "a trained one does not"
     config.course = 0.0
     assert {budget_at(config, step) for step in range(100)} == {1.5}
 
