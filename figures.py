@@ -98,24 +98,21 @@ def draw_curves(runs: list[str]):
     return figure
 
 
-def lines_of(finished: dict) -> list[tuple[str, list[tuple[float, float]]]]:
-    """The methods of compare.py's {Run: result}, each with points (FLOPs, validation loss), means over seeds.
+def lines_of(finished: dict) -> dict[int, dict[str, list[tuple[float, float]]]]:
+    """The runs of compare.py, {Run: result}, by tokens of text (0: all), then by method: the points (FLOPs,
+    validation loss) of all their evaluations, means over seeds.
 
-    A method whose runs are of one kind gives the whole curve of its training, another the ends of all kinds.
-    Left out: kinds that have fewer seeds than others, and those with a run that diverged.
+    Left out: kinds that have fewer seeds than others on the same text, and those with a run that diverged.
     """
     groups = defaultdict(list)
     for run, result in finished.items():
         groups[replace(run, seed=0)].append(result["curve"] if result["flops"] else [])
-    seeds = max(map(len, groups.values()), default=0)
-    curves_of = defaultdict(list)
+    panels = defaultdict(lambda: defaultdict(list))
     for kind, curves in groups.items():
+        seeds = max(len(groups[other]) for other in groups if other.train_tokens == kind.train_tokens)
         if len(curves) == seeds and all(curves):
-            curves_of[kind.who].append([mean_point(points) for points in zip(*curves)])
-    lines = []
-    for who, curves in curves_of.items():
-        lines.append((who, curves[0] if len(curves) == 1 else [curve[-1] for curve in curves]))
-    return lines
+            panels[kind.train_tokens][kind.who] += [mean_point(points) for points in zip(*curves)]
+    return panels
 
 
 def mean_point(points: tuple) -> tuple[float, float]:
@@ -124,19 +121,24 @@ def mean_point(points: tuple) -> tuple[float, float]:
     return mean(flops), mean(losses)
 
 
-def loss_against_flops(lines: list[tuple[str, list[tuple[float, float]]]]):
-    """A figure of (label, points (FLOPs, validation loss)), a line through those that no cheaper equals."""
-    figure = optional("matplotlib.figure", "--plot").Figure(figsize=(8, 5), layout="constrained")
-    axis = figure.subplots()
-    for i, (label, points) in enumerate(lines):
-        look = {"color": f"C{i}", "marker": "o", "markersize": 5, "linewidth": 1.3}
-        if label == "adaptive":
-            look = {"color": "black", "marker": "*", "markersize": 11, "linewidth": 2.2}
-        axis.plot(*zip(*points), **look | {"linewidth": 0, "alpha": 0.4})
-        axis.plot(*zip(*frontier(points)), **look, label=label)
-    axis.set(xscale="log", xlabel="training FLOPs (counted)", ylabel="validation loss, nats per token")
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3, which="both")
+def loss_against_flops(panels: dict[int, dict[str, list[tuple[float, float]]]]):
+    """A figure of what lines_of found, a panel for each text: a line goes through what no cheaper equals."""
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    wide = max(1, len(panels))
+    figure = optional("matplotlib.figure", "--plot").Figure(figsize=(2 + 6 * wide, 5), layout="constrained")
+    axes = figure.subplots(1, wide, squeeze=False)[0]
+    for axis, (tokens, lines) in zip(axes, sorted(panels.items())):
+        for name, points in lines.items():
+            look = {"color": f"C{names.index(name)}", "marker": "o", "markersize": 5, "linewidth": 1.3}
+            if name == "adaptive":
+                look = {"color": "black", "marker": "*", "markersize": 11, "linewidth": 2.2}
+            axis.plot(*zip(*points), **look | {"linewidth": 0, "alpha": 0.25})
+            axis.plot(*zip(*frontier(points)), **look, label=name)
+        text = f"{tokens:,} tokens of text, read again and again" if tokens else "all of the text"
+        axis.set(title=text if wide > 1 else "", xscale="log", xlabel="training FLOPs (counted)")
+        axis.set(ylabel="validation loss, nats per token")
+        axis.legend(frameon=False)
+        axis.grid(alpha=0.3, which="both")
     return figure
 
 

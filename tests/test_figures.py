@@ -61,15 +61,16 @@ def test_every_run_is_drawn(run):
 def test_a_line_holds_the_best_for_the_flops():
     points = [(4, 2.0), (1, 3.0), (2, 3.5), (3, 2.5), (5, 2.0), (4, 2.2)]
     assert frontier(points) == [(1, 3.0), (3, 2.5), (4, 2.0)] and frontier([]) == []
-    figure = loss_against_flops([("adaptive", points), ("loop", [(2, 3.0)])])
-    axis = figure.axes[0]
+    figure = loss_against_flops({0: {"adaptive": points, "loop": [(2, 3.0)]}, 90: {"loop": [(1, 2.0)]}})
+    axis, other = figure.axes
+    assert "90 tokens" in other.get_title() and other.lines[0].get_color() == axis.lines[2].get_color()
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["adaptive", "loop"]
     assert [len(line.get_xdata()) for line in axis.lines] == [6, 3, 1, 1]
 
 
-def test_a_method_of_one_kind_gives_its_curve_and_another_the_ends_of_all():
-    def run(method, seed, K=1):
-        return Run(method, 1e-3, seed, K, None, 0.1, 0.0, 1.0, 2, 20, 0)
+def test_a_method_gives_the_curves_of_all_its_kinds_for_each_text():
+    def run(method, seed, K=1, tokens=0):
+        return Run(method, 1e-3, seed, K, None, 0.1, 0.0, 1.0, 2, 20, tokens)
 
     def result(flops, loss):
         return {"flops": flops, "curve": [(10, flops / 2, loss + 1), (20, flops, loss)]}
@@ -78,9 +79,12 @@ def test_a_method_of_one_kind_gives_its_curve_and_another_the_ends_of_all():
                 run("pause", 0): result(6, 2.0), run("pause", 1): result(6, 2.0),
                 run("pause", 0, 2): result(8, 1.0), run("pause", 1, 2): result(8, 1.5),
                 run("mor", 0): result(1, 1.0),  # one seed, where others have two
+                run("mor", 0, tokens=90): result(1, 1.0),  # but not on this text
                 run("ponder", 0): result(1, 1.0), run("ponder", 1): {"flops": None, "curve": []}}
-    assert lines_of(finished) == [("loop", [(2, 3.5), (4, 2.5)]), ("pause", [(6, 2.0), (8, 1.25)])]
-    assert lines_of({}) == []
+    pause = [(3, 3.0), (6, 2.0), (4, 2.25), (8, 1.25)]
+    assert lines_of(finished) == {0: {"loop": [(2, 3.5), (4, 2.5)], "pause": pause},
+                                  90: {"mor": [(0.5, 2.0), (1, 1.0)]}}
+    assert lines_of({}) == {}
 
 
 @pytest.mark.parametrize("words,wanted", [
