@@ -30,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from baselines import build
-from common import (BadInput, autocast, configure, load_checkpoint, measure_roof, optional, pick_device,
+from common import (BadInput, about, autocast, configure, load_checkpoint, measure_roof, optional, pick_device,
                     precision, run, save_checkpoint, write_whole)
 from costs import training_flops
 from fast import compile_training, compiles, fuse_norms
@@ -87,6 +87,7 @@ def train(config: Train) -> dict:
     if config.tensorboard:
         optional("tensorboard", "--tensorboard")
     held = lock(out) if RANK == 0 else None  # until train returns
+    made = about()  # by what: now, as the commit may be another when the run ends
 
     # The model and what trains it: new, or as its last checkpoint has it.
     torch.manual_seed(config.seed)
@@ -156,14 +157,14 @@ def train(config: Train) -> dict:
             check_finite({"largest weight": largest(model, optimizer)}, step, path)
         if (RANK == 0 or sharded) and (saves or keeps or improves):
             at.log = log_state(log)
-            about = {"train": asdict(config), "data": data.fingerprint, **asdict(at)}
+            state = {"train": asdict(config), "data": data.fingerprint, **asdict(at)}
             if improves:
-                save(out / "best.pt", model, data.tokenizer, **about)
+                save(out / "best.pt", model, data.tokenizer, **state)
             if keeps:
-                save(out / f"ckpt-{step}.pt", model, data.tokenizer, **about)
+                save(out / f"ckpt-{step}.pt", model, data.tokenizer, **state)
             if saves:
                 trained = optimizer if sharded else optimizer.state_dict()
-                save(path, model, data.tokenizer, **about, optimizer=trained)
+                save(path, model, data.tokenizer, **state, optimizer=trained)
         if config.init_from and step == 0:  # only now, as a run exists from its first checkpoint
             result = evaluate(model, data, config, micro, device, stop)
             stopping = not result
@@ -172,7 +173,7 @@ def train(config: Train) -> dict:
                 at.start, at.best = result["val_steps"], result["val_loss"]
                 write_log(log, at.result, board)
             if result and (RANK == 0 or sharded):
-                save(out / "best.pt", model, data.tokenizer, **about | asdict(at))
+                save(out / "best.pt", model, data.tokenizer, **state | asdict(at))
         if result:
             validation = f"val {result['val_loss']:.4f}  latent {result['val_steps']:.2f}"
             say(f"step {step:>6}  {validation}  {shown}")
@@ -260,7 +261,8 @@ def train(config: Train) -> dict:
     result = at.result | {"flops": training_flops(at.products, at.attention), "tokens": at.step * step_tokens,
                           "seconds": at.seconds, "parameters": parameters}
     if RANK == 0:
-        write_whole(out / "summary.json", json.dumps({"config": asdict(config), **result}, indent=1) + "\n")
+        content = {"config": asdict(config), **result, **made}
+        write_whole(out / "summary.json", json.dumps(content, indent=1) + "\n")
     missed = ""
     if controller and abs(result["val_steps"] - config.budget) > 0.1 * config.budget:
         missed = f" (the budget of {config.budget:g} is missed)"

@@ -108,6 +108,7 @@ def losses(out):
 
 def summary(out):
     found = json.loads((Path(out) / "summary.json").read_text())
+    assert {"machine", "torch", "python", "commit"} < found.keys(), "what made it"
     return {name: value for name, value in found.items() if name not in ("config", "seconds")}
 
 
@@ -313,7 +314,7 @@ def test_a_run_begins_with_what_its_source_could(source, method, latent, sources
     out = capsys.readouterr().out
     assert f"starts from {sources / source}: " in out and "set otherwise, and not used: n_layer 2" in out
     assert ("new: router.weight" in out) == (method == "adaptive" and source != "adaptive")
-    assert ("every first reach is below τ" in out) == (latent == 3)
+    assert ("τ is above every reach" in out) == (latent == 3)
     checkpoint = load_checkpoint(tmp_path)[2]
     assert checkpoint["start"] == before["val_steps"] and checkpoint["best"] <= before["val_loss"]
     assert load_checkpoint(tmp_path / "best.pt")[2]["result"]["val_loss"] == checkpoint["best"]
