@@ -33,8 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import analyze, draw, further_steps, print_tables
-from common import (BadInput, autocast, check_output, check_predictions, configure, load_checkpoint, optional,
-                    pick_device, run, turn, write_whole)
+from common import (BadInput, about, autocast, check_output, check_predictions, configure, load_checkpoint,
+                    optional, pick_device, run, turn, write_whole)
 from documents import encode, find_files, read_pieces
 from log import Cache, pad
 from model import LLaMA
@@ -328,7 +328,7 @@ def evaluate(config: Eval) -> None:
             print(f"the first {MOST:,} tokens of {own}; --max_tokens reads fewer or more")
     method = model.config.method
     found = {"run": config.run, "step": checkpoint.get("step"), "method": method,
-             "tau": model.tau, "max_latent": model.max_latent, "device": str(device)}
+             "tau": model.tau, "max_latent": model.max_latent, "device": str(device)} | about()
     dials = f", τ {model.tau}, ℓ_max {model.max_latent}" if method != "vanilla" else ""
     title = f"{config.run}: {method}{dials}"
     print(title)
