@@ -85,7 +85,7 @@ def hold_back(model: LLaMA) -> None:
 
     That is so as |w · h| ≤ √d · ‖w ∘ γ‖ for a state h that the last RMSNorm, of weight γ, has put out: w is
     scaled to keep within 1, and the logit of τ lies 1 above b. So the few thoughts that τ lets in at first
-    have their full weight, without which nothing would train them.
+    weigh what b says: too little, and nothing trains them; too much, and they harm while they are untrained.
     """
     width = math.sqrt(model.config.n_embd)
     model.router.weight /= 1.05 * width * torch.linalg.vector_norm(model.router.weight * model.norm.weight)

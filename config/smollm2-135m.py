@@ -12,6 +12,7 @@ block_size = 2048
 max_latent = 3
 budget = 1.0
 lam = 0.02
+router_bias = -1.0  # reach 0.27: thoughts that nothing has trained yet must not weigh much
 beta = 2.0
 global_batch_size = 64
 micro_batch_size = 8
