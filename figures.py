@@ -137,6 +137,7 @@ def loss_against_flops(panels: dict[int, dict[str, list[tuple[float, float]]]]):
         text = f"{tokens:,} tokens of text, read again and again" if tokens else "all of the text"
         axis.set(title=text if wide > 1 else "", xscale="log", xlabel="training FLOPs (counted)")
         axis.set(ylabel="validation loss, nats per token")
+        axis.tick_params(axis="x", which="minor", labelsize=7, labelrotation=45)
         axis.legend(frameon=False)
         axis.grid(alpha=0.3, which="both")
     return figure
