@@ -51,7 +51,7 @@ class Compare(Recipe):
     methods: list[str] = field(default_factory=list)  # vanilla, …, "no thoughts", "all steps"; none: all
     seeds: int = 1  # runs of each kind: seed, seed + 1, …
     parts: list[str] = field(default_factory=lambda: ["rates", "tokens", "flops"])  # also pareto, lengths
-    rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # each method gets its best of them
+    rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # each method gets its best
     rate_steps: int = 0  # optimizer steps of the runs that find it; 0: max_steps
     budgets: list[float] = field(default_factory=list)  # Pareto; none: 0.5, 1, 1.5, 2 up to max_latent
     ks: list[int] = field(default_factory=list)  # Pareto: latent steps of the rivals; none: 1 to max_latent
@@ -126,7 +126,7 @@ class Runs:
 
     def __init__(self, settings: Compare) -> None:
         self.settings = settings
-        self.about = about()  # now, as the commit may be another when a run ends
+        self.about = about()  # of runs that diverge; the others say it themselves
         free = ("out", "device", "compile", *(f.name for f in fields(Run)))
         self.common = {name: getattr(settings, name) for name in TRAINED if name not in free}
         shape = f"{settings.n_layer}x{settings.n_embd}-{settings.max_steps}"
@@ -195,7 +195,7 @@ class Runs:
             try:
                 for count, ended in enumerate(as_completed(results), 1):
                     run = results[ended]
-                    self.finished[run] = ended.result() | asdict(run) | self.about
+                    self.finished[run] = self.about | ended.result() | asdict(run)
                     runs = list(self.finished.values())
                     content = {"settings": self.common, "fingerprint": fingerprint, "runs": runs}
                     write_whole(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")

@@ -328,7 +328,7 @@ def evaluate(config: Eval) -> None:
             print(f"the first {MOST:,} tokens of {own}; --max_tokens reads fewer or more")
     method = model.config.method
     found = {"run": config.run, "step": checkpoint.get("step"), "method": method,
-             "tau": model.tau, "max_latent": model.max_latent, "device": str(device)} | about()
+             "tau": model.tau, "max_latent": model.max_latent, "device": str(device)}
     dials = f", τ {model.tau}, ℓ_max {model.max_latent}" if method != "vanilla" else ""
     title = f"{config.run}: {method}{dials}"
     print(title)
@@ -359,7 +359,7 @@ def evaluate(config: Eval) -> None:
     if config.plot:
         write_whole(config.plot, draw(found, title, config.plot.rpartition(".")[2]))
     if config.json:
-        write_whole(config.json, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_whole(config.json, json.dumps(found | about(), indent=1, ensure_ascii=False) + "\n")
     for path in filter(None, (config.html, config.plot, config.json)):
         print(f"written: {path}")
 

@@ -70,7 +70,7 @@ def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
     if b.method == "adaptive" and b.max_latent > 0:
         if kin:
             model.tau = source.tau
-        elif budget and 0 < model.tau < 1:
+        elif budget:
             hold_back(model)
             lines.append("τ is above every reach: no latent step at the start; the budget moves τ")
     for name in ("block_size", "max_latent"):

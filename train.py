@@ -30,8 +30,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from baselines import build
-from common import (BadInput, about, autocast, configure, load_checkpoint, measure_roof, optional, pick_device,
-                    precision, run, save_checkpoint, write_whole)
+from common import (BadInput, about, autocast, configure, load_checkpoint, measure_roof, optional,
+                    pick_device, precision, run, save_checkpoint, write_whole)
 from costs import training_flops
 from fast import compile_training, compiles, fuse_norms
 from init_from import check_source, take_shape, take_weights
@@ -87,7 +87,7 @@ def train(config: Train) -> dict:
     if config.tensorboard:
         optional("tensorboard", "--tensorboard")
     held = lock(out) if RANK == 0 else None  # until train returns
-    made = about()  # by what: now, as the commit may be another when the run ends
+    made = about() if RANK == 0 else {}  # by what: now, as the commit may be another when the run ends
 
     # The model and what trains it: new, or as its last checkpoint has it.
     torch.manual_seed(config.seed)
