@@ -229,7 +229,7 @@ class LLaMA(nn.Module):
         """Forward FLOPs of the states that `steps` (B, T) says were executed: of products, of attention.
 
         live (B, T): which are tokens; fed (B, T): which of them this forward computed, the others being in
-        the cache. Attention counts queries × keys of each row and pass; a causal kernel skips half of them."""
+        the cache. Attention counts queries × keys of each row and pass; a causal kernel skips half."""
         live = torch.ones_like(steps, dtype=torch.bool) if live is None else live
         fed = live if fed is None else fed & live
         weights = sum(p.numel() for p in self.blocks[0].parameters() if p.dim() == 2)
@@ -273,7 +273,7 @@ class LLaMA(nn.Module):
 
         temperature 0 takes the likeliest token; top_k None or 0 and top_p None are off. Row i draws with the
         seed `seed` + i, or seed[i]: what it says depends on its prompt and its seed alone. The token `stop`
-        ends it. Of too long a prompt the end is read; a full context goes on from its last half. ValueError."""
+        ends it. Of too long prompts the end counts; a full context goes on from its last half. ValueError."""
         device, context = self.embed.weight.device, self.config.block_size
         prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
         texts = [list(prompt)[-context:] for prompt in prompts]  # what the context of each row holds

@@ -1,4 +1,7 @@
-"""The paper's 1.4B: torchrun --nproc_per_node=8 train.py config/1.4b.py is 256 × 2048 tokens a step, 50,000 steps."""
+"""The paper's 1.4B:
+
+    torchrun --nproc_per_node=8 train.py config/1.4b.py    256 × 2048 tokens a step, 50,000 steps
+"""
 
 data = "data/pile"
 out = "out/1.4b"

@@ -1,4 +1,7 @@
-"""2.8B, sharded: torchrun --nproc_per_node=8 train.py config/2.8b.py is 256 × 2048 tokens a step, 50,000 steps."""
+"""2.8B, sharded:
+
+    torchrun --nproc_per_node=8 train.py config/2.8b.py    256 × 2048 tokens a step, 50,000 steps
+"""
 
 data = "data/pile"
 out = "out/2.8b"

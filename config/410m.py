@@ -1,4 +1,7 @@
-"""The paper's 410M: torchrun --nproc_per_node=8 train.py config/410m.py is 256 × 2048 tokens a step, 50,000 steps."""
+"""The paper's 410M:
+
+    torchrun --nproc_per_node=8 train.py config/410m.py    256 × 2048 tokens a step, 50,000 steps
+"""
 
 data = "data/pile"
 out = "out/410m"

@@ -1,4 +1,7 @@
-"""7B with grouped-query attention, sharded: torchrun --nproc_per_node=8 train.py config/7b.py, 256 × 2048 tokens a step."""
+"""7B with grouped-query attention, sharded:
+
+    torchrun --nproc_per_node=8 train.py config/7b.py    256 × 2048 tokens a step
+"""
 
 data = "data/pile"
 out = "out/7b"

@@ -1,4 +1,4 @@
-"""A model for a laptop CPU: bytes of the Python standard library, minutes of training. The default of train.py."""
+"""A model for a laptop CPU: bytes of the Python standard library, in minutes. The default of train.py."""
 
 data = "data/python"
 out = "out/tiny"

@@ -280,7 +280,8 @@ def test_check_tensor():
     ("adaptive", {}, (0.5, 1), ""), ("adaptive", {}, (None, 9), ""), ("loop", {}, (None, 1), ""),
     ("vanilla", {}, (0.5, None), "--tau=0.5"), ("loop", {}, (0.5, None), "--tau=0.5"),
     ("adaptive", {"max_latent": 0}, (0.5, None), "--tau=0.5"),
-    ("vanilla", {}, (None, 1), "--max_latent=1"), ("adaptive", {"max_latent": 0}, (None, 1), "--max_latent=1"),
+    ("vanilla", {}, (None, 1), "--max_latent=1"),
+    ("adaptive", {"max_latent": 0}, (None, 1), "--max_latent=1"),
     ("mor", {}, (None, 2), ""), ("mor", {}, (None, 4), "knows at most 3")])
 def test_dials_that_turn_nothing_are_refused(method, settings, dials, word):
     model = uneven(method, **settings)

@@ -31,7 +31,7 @@ def long(method="adaptive", **settings):
 @pytest.mark.parametrize("tau,shape", [(0.0, {}), (0.25, {"n_kv_head": 2}), (0.4, {})])
 @pytest.mark.parametrize("flex", [False, True])
 def test_packed_is_dense_masked(device, tau, shape, flex, monkeypatch):
-    """With masks written out, as for small passes, and as large ones go: FlexAttention and compiled blocks."""
+    """With masks written out, as for small passes, and as large ones go: FlexAttention, compiled blocks."""
     monkeypatch.setattr(log, "WRITTEN_OUT", 0 if flex else 2**30)
     model = long(tau=tau, lam=0.3, **shape)
     idx, targets = text(3, 300), text(3, 300, seed=5)
@@ -116,9 +116,10 @@ def test_a_run_from_text_to_sample(device, call, tmp_path):
     source = tmp_path / "text.txt"
     source.write_text("".join(f"line {i} says {i * i}\n" for i in range(4000)))
     call("prepare", "--input", source, "--name=t", f"--out={tmp_path}")
-    shape = ("--n_layer=2", "--n_embd=32", "--n_ff=48", "--n_head=2", "--block_size=160", f"--device={device}")
-    flags = (f"--data={tmp_path / 't'}", *shape, "--global_batch_size=4", "--eval_windows=8", "--eval_every=3",
-             "--save_every=3")
+    shape = ("--n_layer=2", "--n_embd=32", "--n_ff=48", "--n_head=2", "--block_size=160",
+             f"--device={device}")
+    flags = (f"--data={tmp_path / 't'}", *shape, "--global_batch_size=4", "--eval_windows=8",
+             "--eval_every=3", "--save_every=3")
     for out, steps in (("whole", (6,)), ("parts", (3, 6))):
         for last in steps:
             resume = ("--resume",) if last > steps[0] else ()

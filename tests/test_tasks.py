@@ -36,7 +36,7 @@ def test_every_answer_follows_from_its_table():
 
 
 class Oracle:
-    """Knows the answer to questions of at most two hops, says "a" to the others, and takes h steps at them."""
+    """Knows the answer to questions of at most two hops, says "a" to others, and takes h steps at them."""
 
     def __init__(self, block_size=256):
         self.embed = torch.nn.Embedding(257, 1)
@@ -93,7 +93,8 @@ def test_a_run_on_other_tokens_is_refused(data, tmp_path, call):
     source = tmp_path / "text.txt"
     source.write_text("to be or not to be\n" * 400)
     call("prepare", "--input", source, "--name=words", "--tokenizer=bpe:260", f"--out={tmp_path}")
-    call("train", f"--data={tmp_path}/words", f"--out={tmp_path}/run", "--n_layer=1", "--n_embd=16", "--n_head=2",
-         "--block_size=16", "--max_steps=1", "--global_batch_size=2", "--eval_windows=2", "--device=cpu")
+    call("train", f"--data={tmp_path}/words", f"--out={tmp_path}/run", "--n_layer=1", "--n_embd=16",
+         "--n_head=2", "--block_size=16", "--max_steps=1", "--global_batch_size=2", "--eval_windows=2",
+         "--device=cpu")
     err = call("tasks", tmp_path / "run", f"--data={data}", code=2)[1]
     assert "another tokenizer" in err
