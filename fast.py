@@ -68,7 +68,8 @@ def lay_out(model, dtype=None) -> None:
 
     On CUDA that is bfloat16 unless dtype says otherwise: autocast makes it of them at each use, so that the
     numbers are the same and the bytes fewer. On a CPU it is float32, input by input in memory: a product with
-    4 to 63 rows then takes MKL half the time at small widths, and one with a single row no longer.
+    4 to 63 rows then takes MKL half the time at small widths, and one with a single row no longer. What is
+    bfloat16 there goes to oneDNN, which wants it as it stands.
     """
     import torch
     if model.head.weight is model.embed.weight:  # the embedding is read row by row, and stays as it is
@@ -76,7 +77,8 @@ def lay_out(model, dtype=None) -> None:
     for parameter in (*model.blocks.parameters(), model.head.weight):
         if parameter.dim() == 2:
             weight = parameter.data.to(dtype or precision(parameter.device))
-            parameter.data = weight if weight.is_cuda else weight.T.contiguous().T
+            by_input = weight.device.type == "cpu" and weight.dtype == torch.float32
+            parameter.data = weight.T.contiguous().T if by_input else weight.contiguous()
 
 
 class Still:

@@ -125,6 +125,7 @@ def test_what_the_layout_touches(tied):
     assert model.head.weight.T.is_contiguous() and model.embed.weight.is_contiguous()
     lay_out(model, torch.bfloat16)
     assert model.head.weight.dtype is torch.bfloat16 and model.embed.weight.dtype is torch.float32
+    assert model.head.weight.is_contiguous() and model.blocks[0].w1.weight.is_contiguous()  # as oneDNN wants
 
 
 @pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", QWEN)])
