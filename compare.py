@@ -47,7 +47,7 @@ FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": 
 
 @dataclass
 class Compare(Recipe):
-    out: str = "out/tiny"  # the folders of the runs stand in <out>-compare-<max_steps>
+    out: str = "out/tiny"  # runs stand in <out>-compare-<n_layer>x<n_embd>-<max_steps>
     methods: list[str] = field(default_factory=list)  # vanilla, …, "no thoughts", "all steps"; none: all
     seeds: int = 1  # runs of each kind: seed, seed + 1, …
     parts: list[str] = field(default_factory=lambda: ["rates", "tokens", "flops"])  # also pareto, lengths
@@ -131,7 +131,7 @@ class Runs:
         self.common = {name: getattr(settings, name) for name in TRAINED if name not in free}
         shape = f"{settings.n_layer}x{settings.n_embd}-{settings.max_steps}"
         self.path = Path(settings.results, f"quality-{shape}.json")
-        self.folder = Path(f"{settings.out}-compare-{settings.max_steps}")
+        self.folder = Path(f"{settings.out}-compare-{shape}")
         check_output(self.path, "--results", make=True)
         self.fingerprint = None  # of the data that the runs were trained on
         self.finished: dict[Run, dict] = {}

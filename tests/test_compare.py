@@ -80,7 +80,7 @@ def compared(call, data, tmp_path, monkeypatch):
 
 
 def calls(tmp_path):
-    path = tmp_path / "out-compare-20" / "calls.jsonl"
+    path = tmp_path / "out-compare-3x16-20" / "calls.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -117,8 +117,8 @@ def test_the_real_train_py(call, data, tmp_path):
         assert run["curve"][-1][1:] == [run["flops"], run["val_loss"]]
         assert run["train_steps"] == 0 if run["tau"] == 1 else 0 < run["train_steps"] <= 2
     assert [row[5] for row in rows(first, "Learning rates")][2:] == ["1 of 1 diverged"] * 2
-    assert not list((tmp_path / "out-compare-3").rglob("*.tmp"))
-    shutil.rmtree(tmp_path / "out-compare-3")
+    assert not list((tmp_path / "out-compare-3x16-3").rglob("*.tmp"))
+    shutil.rmtree(tmp_path / "out-compare-3x16-3")
     shutil.rmtree(data)
     again, _ = call("compare", *arguments)
     assert again == first[first.index("\nLearning rates") :] and json.loads(path.read_text())["runs"] == runs
@@ -277,7 +277,7 @@ def test_an_interruption_stops_the_runs_and_the_same_command_goes_on(compared, d
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and len(err.splitlines()) == 1 and "interrupted" in err
     assert len(calls(tmp_path)) == 2, "the third is not begun"
-    saved = list((tmp_path / "out-compare-20").glob("*/ckpt.pt"))
+    saved = list((tmp_path / "out-compare-3x16-20").glob("*/ckpt.pt"))
     assert len(saved) == 2, "each was asked to stop, and saved"
     (tmp_path / "stub" / "wait").unlink()
     compared(*arguments)
@@ -333,7 +333,7 @@ def test_wrong_input_is_refused_before_anything_is_written(arguments, words, com
     err = compared(*arguments, code=2)
     assert all(word in err for word in words), err
     assert not calls(tmp_path)
-    assert not (tmp_path / "results").exists() and not (tmp_path / "out-compare-20").exists()
+    assert not (tmp_path / "results").exists() and not (tmp_path / "out-compare-3x16-20").exists()
 
 
 def test_results_that_are_no_results_are_left_alone(compared, tmp_path):
