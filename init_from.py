@@ -51,8 +51,8 @@ def take_shape(config, source: Config):
 def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
     """Copies what both models have, and says in some lines what was taken over, what is new, what differs.
 
-    A router or a pause embedding is taken over from a model of the same method that was trained with it. A
-    new router that is to meet a budget starts with τ above every reach.
+    A router or a pause embedding is taken over from a model of the same method that was trained with it, and
+    its τ where a budget moves it on. A new router that is to meet a budget starts with τ above every reach.
     """
     old, new = source.state_dict(), model.state_dict()
     a, b = source.config, model.config
@@ -67,12 +67,14 @@ def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
     lines = [f"{a.method}, {len(new) - len(fresh)} of its {len(old)} weights are taken over"]
     if fresh:
         lines.append(f"new: {', '.join(fresh)}")
-    if b.method == "adaptive" and b.max_latent > 0:
+    if b.method == "adaptive" and b.max_latent > 0 and budget:
         if kin:
             model.tau = source.tau
-        elif budget:
+        else:
             hold_back(model)
             lines.append("τ is above every reach: no latent step at the start; the budget moves τ")
+    elif kin and b.method == "adaptive":
+        lines.append(f"τ is {model.tau:.4g}, was {source.tau:.4g}")
     for name in ("block_size", "max_latent"):
         if getattr(a, name) != getattr(b, name):
             lines.append(f"{name} is {getattr(b, name)}, was {getattr(a, name)}")

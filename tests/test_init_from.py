@@ -51,3 +51,6 @@ def test_the_threshold_of_a_router_is_taken_over_with_it():
     old.tau = 0.37
     take_weights(new, old, True)
     assert new.tau == 0.37 and torch.equal(new.router.bias, old.router.bias)
+    new.tau = 0.2
+    assert "τ is 0.2, was 0.37" in take_weights(new, old, False)
+    assert new.tau == 0.2, "without a budget it stays as it was set"
