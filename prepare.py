@@ -231,6 +231,8 @@ def prepare(config: Prepare) -> Path:
                 files[0].write_text("".join(hops()), encoding="utf-8")
                 config = replace(config, separator="\n")
             meta |= write(files, config, tokenizer, new)
+            if config.task:
+                meta["document"] = meta["train"]["tokens"] // meta["train"]["documents"]  # all are as long
             (new / "ranks.tiktoken").write_bytes(ranks_to_text(tokenizer))
             (new / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
             try:
@@ -301,6 +303,7 @@ class Data:
             if len(tokens) <= block_size:
                 raise BadInput(f"{folder}/{split}.bin has {len(tokens)} tokens, a window {block_size + 1}: a "
                                "lower --block_size, or prepare.py with another --val_fraction or more text")
+        self.document = self.meta.get("document", 1)
         known = {name: value for name, value in self.meta.items() if name not in ("settings", "inputs")}
         self.fingerprint = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
@@ -317,6 +320,7 @@ class Data:
 
     def _cut(self, split: str, starts: np.ndarray) -> tuple:
         import torch
+        starts = starts - starts % self.document  # of a task, a window begins where a document does
         window = self.tokens[split][starts[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
         if window.max(initial=0) >= self.tokenizer.n_vocab:
             raise BadInput(f"{self.folder}/{split}.bin holds token {window.max()}, beyond the vocabulary "

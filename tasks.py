@@ -1,15 +1,16 @@
-"""A task whose difficulty is known, to see whether a model thinks longer where more steps are needed.
+"""A task whose difficulty is known, to see how far a model can follow, and where it thinks.
 
     python prepare.py --task=hops                      data/hops, in seconds
-    python train.py config/hops.py                     two layers that may think
+    python train.py config/hops.py                     two layers that think
     python tasks.py out/hops                           accuracy and latent steps against the number of hops
 
-A document is a permutation, as a table of pairs in random order, and questions "apply it h times to x":
+A document is a permutation, as a table of pairs in random order, and questions "from x, go h hops":
 
-    bf ad ec fe db ca;a1d d2f f4d …      a, once: d; d, twice: d → b → f
+    bf ad hg ec fh db ca ge;1ad2df3dh …      once from a: d; twice from d: b, then f
 
 What is notable here:
-* Every question that a table allows is asked once, in random order: no answer stands there already.
+* The permutation is one cycle, so that within 4 hops of 8 symbols no answer is the question's own symbol, and
+  none is nearer by going backwards. No question is asked twice.
 * Only the last symbol of a question can be known. The rest is noise of known entropy: steps spent there
   take what nobody can predict for what is hard.
 """
@@ -25,14 +26,16 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common import (BadInput, about, check_output, configure, load_checkpoint, pick_device, run, table,
                     turn, write_whole)
 from prepare import Data
 from tokenizer import describe, same_tokens
 
-SYMBOLS = "abcdef"
+SYMBOLS = "abcdefgh"
 HOPS = 4  # most of a question
+QUESTIONS = 12  # of a document
 
 
 @dataclass
@@ -50,36 +53,33 @@ def hops(documents: int = 60_000, seed: int = 0) -> Iterator[str]:
     """The documents of the task, each with a permutation of its own, a line each."""
     dice = random.Random(seed)
     for _ in range(documents):
-        image = dict(zip(SYMBOLS, dice.sample(SYMBOLS, len(SYMBOLS))))
+        cycle = dice.sample(SYMBOLS, len(SYMBOLS))
+        image = dict(zip(cycle, cycle[1:] + cycle[:1]))
         pairs = [x + y for x, y in image.items()]
         questions = []
         for x in SYMBOLS:
             y = x
             for h in range(1, HOPS + 1):
                 y = image[y]
-                questions.append(f"{x}{h}{y}")
+                questions.append(f"{h}{x}{y}")
         dice.shuffle(pairs)
-        dice.shuffle(questions)
-        yield f"{' '.join(pairs)};{' '.join(questions)}\n"
+        yield f"{' '.join(pairs)};{''.join(dice.sample(questions, QUESTIONS))}\n"
 
 
 def answers(model, data, documents: int) -> list[dict]:
     """Accuracy and mean latent steps where h hops answer, h = 1, 2, …, and the steps at all other tokens."""
-    tokens = np.asarray(data.tokens["val"], dtype=np.int64)
-    end = data.tokenizer.eot_token
-    texts = np.split(tokens, np.flatnonzero(tokens == end) + 1)[:documents]
-    length = max(map(len, texts))
-    whole = [text for text in texts if len(text) == length and text[-1] == end]  # all but a cut one
-    if not whole or length > model.config.block_size:
+    length = data.document
+    if length > model.config.block_size + 1:
         raise BadInput(f"{length} tokens of a document do not fit block_size {model.config.block_size}")
-    idx = torch.from_numpy(np.stack(whole)).to(model.embed.weight.device)
+    tokens = np.asarray(data.tokens["val"][: documents * length], dtype=np.int64)
+    idx = torch.from_numpy(tokens).view(-1, length).to(model.embed.weight.device)
     with torch.no_grad():
         parts = [model(rows[:, :-1]) for rows in idx.split(64)]
     right = torch.cat([part.logits.argmax(2) for part in parts]) == idx[:, 1:]  # (documents, length - 1)
     steps = torch.cat([part.steps for part in parts])
     rows, asked = [], torch.zeros_like(right)
     for h in range(1, HOPS + 1):
-        here = idx[:, :-1] == data.tokenizer.encode(str(h))[0]
+        here = F.pad(idx[:, :-2] == data.tokenizer.encode(str(h))[0], (1, 0))  # the symbol behind the number
         asked |= here
         rows.append({"hops": h, "accuracy": right[here].double().mean().item(),
                      "steps": steps[here].double().mean().item()})
@@ -92,8 +92,8 @@ def main() -> None:
         check_output(config.json, "--json")
     model, tokenizer, _ = load_checkpoint(config.run, pick_device(config.device))
     data = Data(config.data, 1)
-    if data.meta["settings"].get("task") != "hops":
-        raise BadInput(f"--data={config.data} is not of prepare.py --task=hops")
+    if data.meta["settings"].get("task") != "hops" or "document" not in data.meta:
+        raise BadInput(f"--data={config.data} is not of prepare.py --task=hops, or of an older one: make it anew")
     if not same_tokens(describe(tokenizer), describe(data.tokenizer)):
         raise BadInput(f"{config.run} was trained with another tokenizer than that of --data={config.data}")
     turn(model, config.run, config.tau, config.max_latent)
