@@ -228,7 +228,7 @@ def prepare(config: Prepare) -> Path:
             if config.task:
                 from tasks import hops  # which imports torch
                 files = [Path(temporary) / "task.txt"]
-                files[0].write_text("".join(hops()), encoding="utf-8")
+                files[0].write_text("\n".join(hops()), encoding="utf-8")
                 config = replace(config, separator="\n")
             meta |= write(files, config, tokenizer, new)
             if config.task:
@@ -277,7 +277,7 @@ class Data:
     """The tokens of a prepared folder, mapped into memory. Raises BadInput where it is damaged or too short.
 
     tokens: those of "train", or the first train_tokens of them, and of "val". fingerprint: another text or
-    tokenizer has another.
+    tokenizer has another. document: the tokens of each document of a task, else 1.
     """
 
     def __init__(self, folder: str, block_size: int, train_tokens: int = 0) -> None:

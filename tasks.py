@@ -50,7 +50,7 @@ class Tasks:
 
 
 def hops(documents: int = 60_000, seed: int = 0) -> Iterator[str]:
-    """The documents of the task, each with a permutation of its own, a line each."""
+    """The documents of the task, each with a permutation of its own."""
     dice = random.Random(seed)
     for _ in range(documents):
         cycle = dice.sample(SYMBOLS, len(SYMBOLS))
@@ -63,7 +63,7 @@ def hops(documents: int = 60_000, seed: int = 0) -> Iterator[str]:
                 y = image[y]
                 questions.append(f"{h}{x}{y}")
         dice.shuffle(pairs)
-        yield f"{' '.join(pairs)};{''.join(dice.sample(questions, QUESTIONS))}\n"
+        yield f"{' '.join(pairs)};{''.join(dice.sample(questions, QUESTIONS))}"
 
 
 def answers(model, data, documents: int) -> list[dict]:

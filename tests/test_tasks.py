@@ -24,7 +24,7 @@ def test_every_answer_follows_from_its_table():
     documents = list(tasks.hops(50, seed=3))
     assert len(set(documents)) == 50 and documents == list(tasks.hops(50, seed=3))
     for document in documents:
-        table, questions = document.strip().split(";")
+        table, questions = document.split(";")
         image = dict(table.split())
         asked = [questions[i : i + 3] for i in range(0, len(questions), 3)]
         assert sorted(image) == sorted(image.values()) == list(tasks.SYMBOLS)
