@@ -67,14 +67,14 @@ def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
     lines = [f"{a.method}, {len(new) - len(fresh)} of its {len(old)} weights are taken over"]
     if fresh:
         lines.append(f"new: {', '.join(fresh)}")
-    if b.method == "adaptive" and b.max_latent > 0 and budget:
-        if kin:
+    if b.method == "adaptive" and b.max_latent > 0:
+        if budget and kin:
             model.tau = source.tau
-        else:
+        elif budget:
             hold_back(model)
             lines.append("τ is above every reach: no latent step at the start; the budget moves τ")
-    elif kin and b.method == "adaptive":
-        lines.append(f"τ is {model.tau:.4g}, was {source.tau:.4g}")
+        elif kin:
+            lines.append(f"τ is {model.tau:.4g}, was {source.tau:.4g}")
     for name in ("block_size", "max_latent"):
         if getattr(a, name) != getattr(b, name):
             lines.append(f"{name} is {getattr(b, name)}, was {getattr(a, name)}")
