@@ -33,7 +33,7 @@ from tqdm import tqdm
 from baselines import METHODS
 from common import (BadInput, about, autocast, check_output, configure, load_checkpoint, measure_roof,
                     pick_device, precision, run, table, timed, write_whole)
-from costs import (bytes_read, costs, counted, fitting, going_on, made_up_steps, make, memory,
+from costs import (bytes_read, costs, counted, fitting, forward_flops, going_on, made_up_steps, make, memory,
                    training_flops)
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
 from model import AdaptiveLatentCoT, Cache, Config, LLaMA
@@ -108,7 +108,7 @@ def bench_flops(bench: Bench) -> tuple[str, dict]:
         if small:
             executed = make(config, "cpu", bench.mean_latent).eval()
             total, steps = counted(executed, *torch.randint(0, config.vocab_size, (2, B, T)))
-            equal = total == float(training_flops(*executed.flops(steps)))
+            equal = total == float(training_flops(*forward_flops(executed, steps)))
             record = {"counted": total / B / T, "counted_equals_formula": equal}
         record |= {"parameters": sum(p.numel() for p in model.parameters())} | costs(model, steps)
         records[name] = record | {"estimate": 6 * record["parameters"] * record["passes"]}
@@ -207,7 +207,8 @@ class Contestant:
         elif "memory" not in self.found:
             with autocast(self.device, self.bench.dtype):
                 self.found["memory"].append(kept_bytes(self.model, self.idx, self.targets))
-        self.found["FLOPs"].append(float(training_flops(*self.model.flops(self.steps))) / self.idx.numel())
+        products, attention = forward_flops(self.model, self.steps)
+        self.found["FLOPs"].append(float(training_flops(products, attention)) / self.idx.numel())
 
     @torch.no_grad()
     def measure_prefill(self) -> None:

@@ -1,7 +1,7 @@
 """What a method costs at a mean of latent steps: FLOPs by formula and as executed, bytes that decoding reads.
 
 What is notable here:
-* A method says beside its `think` what a forward costs, as a function of the executed steps (`model.flops`).
+* A method says beside its `think` what a forward costs, as a function of the executed steps (`passes`).
   `counted` asks torch's counter what such a forward and its backward execute, where halted tokens are absent.
 * `make` forces adaptive to a mean number of latent steps: nothing needs to be trained. `made_up_steps` is for
   models that are too big to execute.
@@ -18,6 +18,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from baselines import build
 from common import BadInput
 from model import CHUNK, AdaptiveLatentCoT, Config, LLaMA
+
+
+def forward_flops(model: LLaMA, steps: Tensor, live: Tensor | None = None, fed: Tensor | None = None) -> tuple:
+    """Of the states that `steps` (B, T) says were executed: FLOPs of matrix products, and of attention.
+
+    live (B, T): which are tokens; fed (B, T): which of them this forward computed, the others being in
+    the cache. Attention counts queries × keys of each row and pass; a causal kernel skips half."""
+    live = torch.ones_like(steps, dtype=torch.bool) if live is None else live
+    fed = live if fed is None else fed & live
+    block = model.blocks[0]
+    weights = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    products = 2 * model.head.weight.numel() * fed.sum().double() + model.further_products(steps, fed)
+    attention = torch.zeros_like(products)
+    for queries, keys, layers in model.passes(steps, live, fed):
+        products += 2 * weights * layers * queries.sum()
+        attention += 4 * block.wq.out_features * layers * (queries.double() * keys).sum()
+    return products, attention
 
 
 def training_flops(products: float, attention: float) -> float:
@@ -110,15 +127,15 @@ def costs(model: LLaMA, steps: Tensor) -> dict[str, float]:
 
     Decoding: one token at a full context. Its query meets all keys, as each does in the count of a prefill.
     """
-    prefill = decode = float(sum(model.eval().flops(steps))) / steps.numel()
+    prefill = decode = float(sum(forward_flops(model.eval(), steps))) / steps.numel()
     if model.config.method == "ponder2":  # whose prefill is another computation
         last = torch.arange(steps.size(1)).expand_as(steps) == steps.size(1) - 1
-        decode = float(sum(model.flops(steps, fed=last))) / len(steps)
+        decode = float(sum(forward_flops(model, steps, fed=last))) / len(steps)
     drawn = []
     model.train()
     for rounds in (2, 3):  # ponder2 draws them in training
         model.rounds = rounds
-        drawn.append(torch.stack(model.flops(steps)))
+        drawn.append(torch.stack(forward_flops(model, steps)))
     products, attention = (torch.stack(drawn).mean(0) / steps.numel()).tolist()
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
     passes = (products / 2 - model.head.weight.numel()) / blocks

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from analysis import analyze, draw, further_steps, print_tables
 from common import (BadInput, about, autocast, check_output, check_predictions, configure, load_checkpoint,
                     optional, pick_device, run, turn, write_whole)
+from costs import forward_flops
 from documents import encode, find_files, read_pieces
 from log import Cache, pad
 from model import LLaMA
@@ -194,7 +195,7 @@ def score(model: LLaMA, pairs: list, batch_size: int, tally: Tally, title: str =
         for i, part in zip(members, whole.split([len(rest) for rest in rests], 1)):
             found[i] = part
         tally.read += int(live.sum())
-        tally.flops += sum(model.flops(steps, live)).item()
+        tally.flops += sum(forward_flops(model, steps, live)).item()
         tally.said += len(targets)
         tally.steps += thought.sum().item()
         bar.update(len(members))

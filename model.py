@@ -225,21 +225,6 @@ class LLaMA(nn.Module):
     def draw(self, seed: int) -> None:
         """What a step of training draws at random, once for all its micro-batches and processes."""
 
-    def flops(self, steps: Tensor, live: Tensor | None = None, fed: Tensor | None = None) -> tuple:
-        """Forward FLOPs of the states that `steps` (B, T) says were executed: of products, of attention.
-
-        live (B, T): which are tokens; fed (B, T): which of them this forward computed, the others being in
-        the cache. Attention counts queries × keys of each row and pass; a causal kernel skips half."""
-        live = torch.ones_like(steps, dtype=torch.bool) if live is None else live
-        fed = live if fed is None else fed & live
-        weights = sum(p.numel() for p in self.blocks[0].parameters() if p.dim() == 2)
-        products = 2 * self.head.weight.numel() * fed.sum().double() + self.further_products(steps, fed)
-        attention = torch.zeros_like(products)
-        for queries, keys, layers in self.passes(steps, live, fed):
-            products += 2 * weights * layers * queries.sum()
-            attention += 4 * self.blocks[0].wq.out_features * layers * (queries.double() * keys).sum()
-        return products, attention
-
     def passes(self, steps: Tensor, live: Tensor, fed: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Queries and keys of each row (B,), and the number of layers, of every pass that `think` makes."""
         yield fed.sum(1), live.sum(1), len(self.blocks)

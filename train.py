@@ -32,7 +32,7 @@ from tqdm import tqdm
 from baselines import build
 from common import (BadInput, about, autocast, configure, load_checkpoint, measure_roof, optional,
                     pick_device, precision, run, save_checkpoint, write_whole)
-from costs import training_flops
+from costs import forward_flops, training_flops
 from fast import compile_training, compiles, fuse_norms
 from init_from import check_source, take_shape, take_weights
 from model import Config
@@ -215,7 +215,7 @@ def train(config: Train) -> dict:
 
         # Metrics, by name.
         steps = torch.cat(executed).to(exact(device))  # (share, T)
-        sums["products"], sums["attention"] = model.flops(steps)
+        sums["products"], sums["attention"] = forward_flops(model, steps)
         for k in range(1, config.max_latent + 1):
             sums[f"reached {k}"] = (steps >= k).sum()
         sums["asked"] = asked

@@ -8,7 +8,8 @@ import torch
 from baselines import METHODS
 from common import BadInput, configure
 from conftest import uneven
-from costs import bytes_read, costs, counted, going_on, made_up_steps, make, memory, training_flops
+from costs import (bytes_read, costs, counted, forward_flops, going_on, made_up_steps, make, memory,
+                   training_flops)
 from model import Cache, Config
 from train import Train
 
@@ -27,7 +28,7 @@ def test_counted_flops_are_the_formula(method, K, other):
     model = make(Config(method=method, max_latent=K, **shape), "cpu", 0.5 * K).eval()
     idx, targets = torch.randint(0, 67, (2, 3, T))
     total, steps = counted(model, idx, targets)
-    assert total == float(training_flops(*model.flops(steps)))
+    assert total == float(training_flops(*forward_flops(model, steps)))
     if method == "adaptive" and K == 3:
         assert len(set(steps.sum(1).tolist())) > 1, "rows differ"
         assert steps.max() > 1, "some tokens take several steps"
@@ -38,8 +39,8 @@ def test_a_trained_router_costs_what_the_formula_says():
     model = uneven()
     idx, targets = torch.randint(0, 61, (2, 4, 48))
     total, steps = counted(model, idx, targets)
-    assert 0 < steps.mean() < 3 and total == float(training_flops(*model.flops(steps)))
-    assert total < float(training_flops(*model.flops(torch.full_like(steps, 3))))
+    assert 0 < steps.mean() < 3 and total == float(training_flops(*forward_flops(model, steps)))
+    assert total < float(training_flops(*forward_flops(model, torch.full_like(steps, 3))))
 
 
 @pytest.mark.parametrize("rounds", [2, 3])
@@ -50,7 +51,7 @@ def test_what_ponder2_draws_is_counted(rounds):
         if model.rounds == rounds:
             break
     total, steps = counted(model, *torch.randint(0, 67, (2, 1, T)))
-    assert total == float(training_flops(*model.flops(steps)))
+    assert total == float(training_flops(*forward_flops(model, steps)))
 
 
 @pytest.mark.parametrize("mean", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0])
@@ -129,8 +130,8 @@ def test_a_prefill_in_two_parts_costs_what_one_does(method):
         steps = torch.cat([model(part, cache=cache).steps for part in idx.split(T // 2, 1)], 1)
     first = torch.zeros(2, T, dtype=torch.bool)
     first[:, : T // 2] = True
-    parts = [model.flops(steps[:, : T // 2]), model.flops(steps, fed=~first)]
-    whole = model.flops(steps)
+    parts = [forward_flops(model, steps[:, : T // 2]), forward_flops(model, steps, fed=~first)]
+    whole = forward_flops(model, steps)
     assert parts[0][0] + parts[1][0] == whole[0]
     assert parts[0][1] + parts[1][1] < whole[1], "half the queries do not meet the keys of the other half"
 

@@ -13,7 +13,7 @@ import reference
 from baselines import METHODS, build
 from conftest import said, text
 from conftest import uneven as make
-from costs import counted, training_flops
+from costs import counted, forward_flops, training_flops
 from log import Cache
 from model import Config
 
@@ -275,10 +275,10 @@ def test_counted_flops_are_the_formula(method, max_latent):
     steps, total = [], 0
     for idx, targets in zip(text().split(1), text(seed=2).split(1)):
         flops, executed = counted(model, idx, targets)
-        assert training_flops(*model.flops(executed)).item() == flops
+        assert training_flops(*forward_flops(model, executed)).item() == flops
         steps.append(executed)
         total += flops
-    assert training_flops(*model.flops(torch.cat(steps))).item() == total
+    assert training_flops(*forward_flops(model, torch.cat(steps))).item() == total
 
 
 def test_flops_leave_out_padding_and_what_the_cache_holds():
@@ -287,10 +287,10 @@ def test_flops_leave_out_padding_and_what_the_cache_holds():
         steps = model(idx).steps
     live = torch.ones(3, 40, dtype=torch.bool)
     live[:, 30:] = False
-    short = model.flops(steps[:, :30])
-    assert model.flops(steps, live) == short
+    short = forward_flops(model, steps[:, :30])
+    assert forward_flops(model, steps, live) == short
     fed = torch.arange(40).expand(3, 40) >= 30
-    whole, rest = model.flops(steps), model.flops(steps, fed=fed)
+    whole, rest = forward_flops(model, steps), forward_flops(model, steps, fed=fed)
     assert rest[0] + short[0] == whole[0] and short[1] + rest[1] < whole[1] and rest[1] > 0
 
 
