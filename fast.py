@@ -127,7 +127,7 @@ class Ticks:
             self.tapes = [tape for tape in self.tapes if tape not in idle[:-3]]
             tape = Tape(self.run, x, states, log, seat, layers)
             self.tapes.append(tape)
-        return tape.play(x, states.pos, log, seat)
+        return tape.play(x, states, log, seat)
 
     def blocks(self, x, states, entries: dict, seat, layers: tuple):
         from log import additive_mask
@@ -149,7 +149,8 @@ class Tape:
         self.owner = None  # a weak reference to the log that lies in the buffers
         self.entries = {name: entry.clone() for name, entry in log.entries.items()}
         self.x, self.pos, self.seat = x.clone(), states.pos.clone(), seat.clone()
-        still = type(states).tick(self.pos, states.column.clone())
+        self.reach = None if states.reach is None else states.reach.clone()
+        still = type(states).tick(self.pos, states.column.clone(), reach=self.reach)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compile and warm up: what it writes is written again by `play`
@@ -172,7 +173,7 @@ class Tape:
         mine = self.idle() or self.owner() is log
         return same and mine and layers == self.layers and x.dtype == self.x.dtype
 
-    def play(self, x, pos, log, seat):
+    def play(self, x, states, log, seat):
         import weakref
         if log.entries["order"] is not self.entries["order"]:
             for name, entry in log.entries.items():
@@ -180,7 +181,9 @@ class Tape:
             log.entries = dict(self.entries)
             self.owner = weakref.ref(log)
         self.x.copy_(x)
-        self.pos.copy_(pos)
+        self.pos.copy_(states.pos)
+        if self.reach is not None:
+            self.reach.copy_(states.reach)
         self.seat.copy_(seat)
         self.graph.replay()
         return self.result.clone()

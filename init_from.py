@@ -75,7 +75,7 @@ def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
             lines.append("τ is above every reach: no latent step at the start; the budget moves τ")
         elif kin:
             lines.append(f"τ is {model.tau:.4g}, was {source.tau:.4g}")
-    for name in ("block_size", "max_latent"):
+    for name in ("block_size", "max_latent", "weigh_values"):
         if getattr(a, name) != getattr(b, name):
             lines.append(f"{name} is {getattr(b, name)}, was {getattr(a, name)}")
     lines.append(f"the embedding keeps its scale, {model.scale:.4g}")

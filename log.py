@@ -45,11 +45,13 @@ class States:
     B: int
     A: int
     deepest: int = 0  # no column of these is higher
+    reach: Tensor | None = None  # (N,) r[t,k]; None: 1, or a method that has none
 
     @classmethod
-    def tick(cls, pos: Tensor, column: Tensor, deepest: int = 0) -> "States":
-        """One state for each row, at positions and latent steps (B,)."""
-        return cls(pos, pos, column, torch.arange(len(pos), device=pos.device), None, len(pos), 1, deepest)
+    def tick(cls, pos: Tensor, column: Tensor, deepest: int = 0, reach: Tensor | None = None) -> "States":
+        """One state for each row, at positions and latent steps (B,), of some reach (B,)."""
+        row = torch.arange(len(pos), device=pos.device)
+        return cls(pos, pos, column, row, None, len(pos), 1, deepest, reach)
 
     def select(self, live: Tensor, agree: Callable | None = None) -> "tuple[States, Tensor, bool]":
         """Those where live (N,) is true, their indices (n,), and whether a pass is due. Costs a host sync,
@@ -185,6 +187,7 @@ class Cache:
         self.logs: dict[int, Log] = defaultdict(Log)
         self.at: dict[str, Tensor] = {}  # of each row (B, …): "pos", and what `tick` keeps of its thought
         self.length = 0  # tokens fed so far, padding included: no row is longer
+        self.exits: list[tuple] = []  # of a forward: h[t,k] (n, d) of each pass and its tokens (n,), if wanted
 
     def states(self, idx: Tensor, live: Tensor | None) -> States:
         """The next tokens idx (B, T), or those that are live (B, T), as column 0; advances the positions."""

@@ -55,6 +55,8 @@ class Config:
     lam: float = 0.0  # λ: weight of the adaptive loss
     beta: float = 1.0  # β: exponent of the correctness weight q^β
     router_bias: float = 2.0  # b at the start: reach 0.88, 0.78, 0.68, so that steps are learnt before pruned
+    exit_loss: float = 0.0  # ε: weight of the cross-entropy of every h[t,k] that is executed in training
+    weigh_values: bool = False  # others read the values of (t, k) times r[t,k]: their loss trains the router
 
     def __post_init__(self) -> None:
         for each in fields(Config):
@@ -77,7 +79,7 @@ class Output:
     """What a forward returns; steps, reach and expected_steps are 0 where no token is."""
 
     logits: Tensor | None  # (B, T, V); None: too many to keep, the loss was taken chunk by chunk
-    loss: Tensor | None  # ce + λ · ada (§4)
+    loss: Tensor | None  # ce + λ · ada, and ε · the loss of every exit (§4)
     ce: Tensor | None  # mean cross-entropy, nats per token
     ada: Tensor | None  # mean of q^β · Σ_k r[t,k] (§4)
     steps: Tensor  # (B, T) executed latent steps
@@ -103,6 +105,7 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         d, self.layer, self.head_dim = config.n_embd, layer, config.head_width
+        self.weighs = config.weigh_values
         q, kv = self.head_dim * config.n_head, self.head_dim * (config.n_kv_head or config.n_head)
         head_norm = nn.RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
         self.attn_norm = nn.RMSNorm(d, config.norm_eps)
@@ -120,6 +123,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, states: States, log: Log, seats: slice, mask) -> Tensor:
         """x (N, d) → (N, d); appends to the log on the given seats."""
         q, k, v = self.before(x, rope)
+        if self.weighs and states.reach is not None:
+            v = v * states.reach[:, None, None].to(v.dtype)
         k = log.append(f"k{self.layer}", seats, states.grid(k))  # (B, G, S, hd)
         v = log.append(f"v{self.layer}", seats, states.grid(v))
         return self.after(x, states.pack(attend(states.grid(q), k, v, mask)))
@@ -193,6 +198,7 @@ class LLaMA(nn.Module):
         """idx (B, T) continues the rows of cache (none: starts them); targets (B, T), -1 where there is none;
         live (B, T) is false on padding, which may stand anywhere. Raises ValueError past block_size."""
         cache = Cache() if cache is None else cache
+        cache.exits = []
         h, steps, reach = self.hidden(idx, cache, live)
         taken = torch.arange(reach.size(1), device=reach.device) < steps[:, None]
         expected = (reach * taken).sum(1)
@@ -203,13 +209,19 @@ class LLaMA(nn.Module):
             targets = targets.flatten() if live is None else targets[live]
             nats = self.nats(h, targets) if logits is None else nats_of(logits, targets)
             loss, ce, ada = self.loss(nats, targets, expected)
+            for h, index in cache.exits:
+                nats = self.nats(h, targets[index])
+                share = self.config.exit_loss / (self.max_latent + 1)
+                loss = loss + share * nats.sum() / (targets != -1).sum()
         logits = None if logits is None else spread(logits, idx, live)
         steps, reach, expected = (spread(each, idx, live) for each in (steps, reach, expected))
         return Output(logits, loss, ce, ada, steps, reach, expected, cache)
 
     def nats(self, h: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy (N,), the logits made chunk by chunk, and again in the backward pass."""
+        """Cross-entropy (N,); too many logits are made chunk by chunk, and again in the backward pass."""
         n, parts = max(1, CHUNK // self.config.vocab_size), []
+        if len(h) <= n:
+            return nats_of(self.head(h), targets)
         for h, y in zip(h.split(n), targets.split(n)):
             parts.append(checkpoint(lambda h, y: nats_of(self.head(h), y), h, y, use_reentrant=False))
         return torch.cat(parts)
@@ -344,6 +356,8 @@ class AdaptiveLatentCoT(LLaMA):
         asked = torch.zeros(len(x), self.max_latent, device=x.device)  # r[t,k] of all N tokens, k ≥ 1
         for k in range(self.max_latent + 1):
             h = self.norm(self.one_pass(z, states, cache.logs[0]))  # h[t,k] (n, d)
+            if self.config.exit_loss and self.training:
+                cache.exits.append((h, index))
             wanted, live = self.onward(h, reach, states.column)
             onward = wanted.where(live, 0)
             mixture.index_add_(0, index, (reach - onward)[:, None] * h.float())  # h̄ += p[t,k] h[t,k]
@@ -353,9 +367,9 @@ class AdaptiveLatentCoT(LLaMA):
             states, chosen, due = states.select(live, self.agree)
             if not due:
                 break
-            states = replace(states, column=states.column + 1, deepest=k + 1)
             z = F.embedding(chosen, h)  # z[t,k+1] = h[t,k]
             reach, index = onward[chosen], index[chosen]
+            states = replace(states, column=states.column + 1, deepest=k + 1, reach=reach)
             steps.index_add_(0, index, torch.ones_like(reach))
         return mixture, steps, asked
 
@@ -364,7 +378,7 @@ class AdaptiveLatentCoT(LLaMA):
         column = at.get("column", zero.long())
         reach, expected = at.get("reach", zero + 1), at.get("expected", zero)
         mixture = at.get("mixture", torch.zeros(x.shape, device=x.device))
-        states = States.tick(at["pos"], column, self.max_latent)
+        states = States.tick(at["pos"], column, self.max_latent, reach)
         h = self.norm(self.one_pass(x, states, cache.logs[0]))
         wanted, live = self.onward(h, reach, column)
         onward = wanted.where(live, 0)
@@ -382,4 +396,5 @@ class AdaptiveLatentCoT(LLaMA):
             yield (fed & (steps >= k)).sum(1), keys, len(self.blocks)
 
     def further_products(self, steps: Tensor, fed: Tensor) -> Tensor:
-        return 2.0 * self.config.n_embd * ((steps + 1) * fed).sum()
+        exits = self.head.weight.numel() if self.config.exit_loss and self.training else 0
+        return 2.0 * (self.config.n_embd + exits) * ((steps + 1) * fed).sum()

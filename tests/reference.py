@@ -26,12 +26,12 @@ def turn(x, pos, theta):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
-def stack(state, config, z, see, past=(), layers=None):
+def stack(state, config, z, see, past=(), layers=None, weight=None):
     """z (B, T, d) through the blocks, or some of them; past: keys and values of earlier passes, each a list
     over layers.
 
-    see (B, T, S): which keys of the past passes and of this one each token sees. Returns the states before
-    the final norm, and the keys and values of this pass.
+    see (B, T, S): which keys of the past passes and of this one each token sees; weight (B, T): of the values
+    of this one. Returns the states before the final norm, and the keys and values of this pass.
     """
     B, T, d = z.shape
     pos = torch.arange(T)
@@ -54,6 +54,8 @@ def stack(state, config, z, see, past=(), layers=None):
         x = rms_norm(z, state[f"blocks.{layer}.attn_norm.weight"], config.norm_eps)
         q, k = heads(x, layer, "q"), heads(x, layer, "k")
         v = project(x, layer, "wv").view(B, T, -1, hd)
+        if weight is not None:
+            v = v * weight[..., None, None]
         kept.append((k, v))
         keys = torch.cat([*(layers_of[number][0] for layers_of in past), k], 1)
         values = torch.cat([*(layers_of[number][1] for layers_of in past), v], 1)
@@ -82,9 +84,10 @@ def vanilla(state, config, idx):
     return head(state, config, z)
 
 
-def adaptive(state, config, idx):
+def adaptive(state, config, idx, exits=None):
     """Logits (B, T, V), executed steps (B, T), reach (B, T, ℓ_max) of steps taken and of the first refused,
-    expected steps (B, T) (METHOD.md §1 to §3).
+    expected steps (B, T) (METHOD.md §1 to §3). exits: a list that takes of each column what the head reads in
+    every h[t,k] (B, T, V), and which are executed (B, T).
     """
     B, T = idx.shape
     z = math.sqrt(2.5 * config.n_embd) * state["embed.weight"][idx]
@@ -94,9 +97,12 @@ def adaptive(state, config, idx):
     for k in range(config.max_latent + 1):
         seen.append(executed[:, None, :] & causal(T))
         mine = seen[-1] | torch.eye(T, dtype=torch.bool)  # a halted query sees itself, so that nothing is NaN
-        z, kept = stack(state, config, z, torch.cat([*seen[:-1], mine], 2), past)
+        see = torch.cat([*seen[:-1], mine], 2)
+        z, kept = stack(state, config, z, see, past, weight=reach if config.weigh_values else None)
         past.append(kept)
         h = z = rms_norm(z, state["norm.weight"], config.norm_eps)
+        if exits is not None:
+            exits.append((h @ state["head.weight"].T, executed))
         onward = reach * torch.sigmoid(h @ state["router.weight"][0] + state["router.bias"])
         further = executed & (onward >= config.tau) & (k < config.max_latent)
         asked.append(torch.where(executed, onward, 0.0))
@@ -107,11 +113,15 @@ def adaptive(state, config, idx):
     return mixture @ state["head.weight"].T, steps, torch.stack(asked[: config.max_latent], 2), expected
 
 
-def loss(logits, expected, targets, config):
+def loss(logits, expected, targets, config, exits=()):
     """METHOD.md §4."""
-    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     q = torch.exp(-nats.detach())
-    return nats.mean() + config.lam * (q**config.beta * expected.flatten()).mean()
+    total = nats.mean() + config.lam * (q**config.beta * expected).mean()
+    for said, executed in exits:
+        nats = F.cross_entropy(said.transpose(1, 2), targets, reduction="none")
+        total = total + config.exit_loss / (config.max_latent + 1) * (nats * executed).mean()
+    return total
 
 
 def mor(state, config, idx):

@@ -14,6 +14,7 @@ from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
 from log import broken_compiler
 
 QWEN = {"head_dim": 12, "n_kv_head": 2, "qkv_bias": True, "qk_norm": True}
+SHAPES = [*((method, {}) for method in METHODS), ("adaptive", QWEN), ("adaptive", {"weigh_values": True})]
 
 
 def test_a_compiler_that_cannot_compile_is_one_line(monkeypatch):
@@ -52,7 +53,7 @@ def test_compiled_training_changes_no_number_and_is_compiled_once(monkeypatch):
     assert counter.frame_count == first <= 6 and set(model.state_dict()) == set(make().state_dict())
 
 
-@pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", QWEN)])
+@pytest.mark.parametrize("method,shape", SHAPES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_fused_norms_change_no_number_but_rounding(method, shape, checkpointing):
     results = []
@@ -70,8 +71,9 @@ def test_fused_norms_change_no_number_but_rounding(method, shape, checkpointing)
     torch.testing.assert_close(*results, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", QWEN)])
+@pytest.mark.parametrize("method,shape", SHAPES)
 def test_compiled_ticks_change_no_number_and_are_compiled_once(method, shape):
+    torch._dynamo.reset()  # what other models left behind would be compiled beside
     model = make(method, n_layer=3 if method == "mor" else 1, **shape)
     prompts = [text(1, 40)[0].tolist(), [4], [5, 6]]
     eager = [said(model, prompts, 40), said(model, prompts[:1], 40)]
@@ -102,7 +104,7 @@ def test_compiled_ticks_go_on_after_a_chunk_and_side_by_side():
         assert [pair[row].token.item() for pair in both] == [token for token, _, _ in alone[row]]
 
 
-@pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", QWEN)])
+@pytest.mark.parametrize("method,shape", SHAPES)
 def test_another_layout_gives_the_same_tokens_and_loads_elsewhere(method, shape):
     prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11]]  # enough rows for another product than one row's
     model = make(method, **shape)
@@ -128,7 +130,7 @@ def test_what_the_layout_touches(tied):
     assert model.head.weight.is_contiguous() and model.blocks[0].w1.weight.is_contiguous()  # as oneDNN wants
 
 
-@pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", QWEN)])
+@pytest.mark.parametrize("method,shape", SHAPES)
 def test_bf16_weights_change_nothing_under_bf16_autocast(method, shape):
     model = make(method, **shape)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

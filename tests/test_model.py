@@ -23,6 +23,7 @@ HUGGING_FACE = {
     "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj", "w1": "mlp.gate_proj",
     "w2": "mlp.down_proj", "w3": "mlp.up_proj"}
 QWEN = {"head_dim": 12, "n_kv_head": 2, "qkv_bias": True, "qk_norm": True}  # what Qwen2 and Qwen3 have beside
+FELT = {"weigh_values": True, "exit_loss": 0.5}  # thoughts that answer to more than their own token's mixture
 
 
 # -------------------------------------------------------- 1: no latent step ≡ vanilla ≡ Hugging Face's LLaMA
@@ -63,15 +64,16 @@ def test_max_latent_0_is_vanilla():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("tau", [0.0, 0.2, 0.4, 0.6])
-@pytest.mark.parametrize("shape", [{}, {"n_kv_head": 2}, QWEN])
+@pytest.mark.parametrize("shape", [{}, {"n_kv_head": 2}, QWEN, FELT])
 def test_packed_is_dense_masked(seed, tau, shape):
-    model = make(seed=seed, tau=tau, lam=0.3, **shape)
+    model = make(seed=seed, tau=tau, lam=0.3, **shape).train()
     idx, targets = text(seed=seed), text(seed=seed + 50)
     out = model(idx, targets)
     out.loss.backward()
     state = {name: value.clone().requires_grad_() for name, value in model.state_dict().items()}
-    logits, steps, reach, expected = reference.adaptive(state, model.config, idx)
-    loss = reference.loss(logits, expected, targets, model.config)
+    exits = []
+    logits, steps, reach, expected = reference.adaptive(state, model.config, idx, exits)
+    loss = reference.loss(logits, expected, targets, model.config, exits)
     gradients = dict(zip(state, torch.autograd.grad(loss, list(state.values()))))
     assert torch.equal(out.steps, steps) and (0 < steps.mean() < 3 or tau in (0.0, 0.6))
     torch.testing.assert_close(out.logits, logits, atol=1e-5, rtol=1e-4)
@@ -87,7 +89,7 @@ def test_packed_is_dense_masked(seed, tau, shape):
 # -------------------------------------------------------------- 3: parallel ≡ ticks ≡ any chunking: adaptive
 
 
-@pytest.mark.parametrize("tau,shape", [(0.0, {}), (0.25, {}), (0.5, {}), (0.25, QWEN)])
+@pytest.mark.parametrize("tau,shape", [(0.0, {}), (0.25, {}), (0.5, {}), (0.25, QWEN), (0.25, FELT)])
 def test_ticks_are_parallel(tau, shape):
     """What decoding says of its own text, token by token, one forward says of the whole."""
     model = make(tau=tau, **shape)
@@ -267,11 +269,11 @@ def test_no_new_tokens_are_none():
 # ----------------------------------------------------------------------- 9: FLOPs by formula ≡ FLOPs counted
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", FELT)])
 @pytest.mark.parametrize("max_latent", [0, 1, 3])
-def test_counted_flops_are_the_formula(method, max_latent):
+def test_counted_flops_are_the_formula(method, shape, max_latent):
     """Row by row, where no seat is empty; a batch is the sum of its rows."""
-    model = make(method, max_latent=max_latent).train()
+    model = make(method, max_latent=max_latent, **shape).train()
     steps, total = [], 0
     for idx, targets in zip(text().split(1), text(seed=2).split(1)):
         flops, executed = counted(model, idx, targets)
@@ -332,9 +334,9 @@ def test_padding_targets_do_not_count():
     torch.testing.assert_close(out.ce, want)
 
 
-@pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", QWEN)])
+@pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", QWEN), ("adaptive", FELT)])
 def test_bf16_autocast_is_near(method, shape):
-    model, idx, targets = make(method, **shape), text(), text(seed=5)
+    model, idx, targets = make(method, **shape).train(), text(), text(seed=5)
     exact = model(idx, targets).loss
     with torch.autocast("cpu", torch.bfloat16):
         out = model(idx, targets)
