@@ -27,7 +27,7 @@ _FIELDS = {  # range → fields of any script that must lie in it, each item of 
     "in (0, 10]": "init_std",
     "in (0, inf)": "learning_rate rates rope_theta rope_scaling",
     "0 or in [2, 1e15]": "train_tokens",
-    "in [0, inf)": "embed_scale lam beta exit_loss budget budgets weight_decay grad_clip mean_latent",
+    "in [0, inf)": "embed_scale lam beta exit_loss explore budget budgets weight_decay grad_clip mean_latent",
     "in [-100, 100]": "router_bias",
     "0 or in [0.001, 100]": "temperature",
     "in [0, 1000]": "max_latent num_fewshot ks",

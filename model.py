@@ -151,7 +151,7 @@ class LLaMA(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.max_latent, self.tau, self.lam = config.max_latent, config.tau, config.lam  # dials
+        self.max_latent, self.tau, self.lam = config.max_latent, config.tau, config.lam  # dials; τ: one, or (T, ℓ)
         self.checkpointing = False  # recompute each block in the backward pass: less memory, more time
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -256,8 +256,7 @@ class LLaMA(nn.Module):
 
     def tick(self, x: Tensor, cache: Cache) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One state for each row: x (B, d) → which rows speak now (B,), what the head reads (B, d), executed
-        and expected steps (B,), and the next x of the rows that think on (B, d). Here all rows speak.
-        """
+        and expected steps (B,), and the next x of the rows that think on (B, d). Here all rows speak."""
         states = States.tick(cache.at["pos"], torch.zeros_like(cache.at["pos"]))
         h, steps, reach = self.think(x, states, cache)
         return states.column == 0, h, steps, reach.sum(1), x
@@ -340,11 +339,12 @@ class AdaptiveLatentCoT(LLaMA):
         nn.init.normal_(self.router.weight, std=0.02)  # not zero: tokens must differ for τ to part them
         nn.init.constant_(self.router.bias, config.router_bias)
 
-    def onward(self, h: Tensor, reach: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        """h[t,k] (n, d), r[t,k] and k (n,) → r[t,k+1] and which tokens go on, both (n,) (§3)."""
+    def onward(self, h: Tensor, reach: Tensor, states: States) -> tuple[Tensor, Tensor]:
+        """h[t,k] (n, d) and r[t,k] (n,) → r[t,k+1] and which tokens go on, both (n,) (§3)."""
         with torch.autocast(h.device.type, enabled=False):
             gate = torch.sigmoid(self.router(h.float())).squeeze(1)  # g[t,k]
-        live = (reach * gate >= self.tau) & (column < self.max_latent)
+        tau = self.tau[states.pos, states.column] if isinstance(self.tau, Tensor) else self.tau
+        live = (reach * gate >= tau) & (states.column < self.max_latent)
         return reach * gate, live
 
     def think(self, x: Tensor, states: States, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
@@ -358,7 +358,7 @@ class AdaptiveLatentCoT(LLaMA):
             h = self.norm(self.one_pass(z, states, cache.logs[0]))  # h[t,k] (n, d)
             if self.config.exit_loss and self.training:
                 cache.exits.append((h, index))
-            wanted, live = self.onward(h, reach, states.column)
+            wanted, live = self.onward(h, reach, states)
             onward = wanted.where(live, 0)
             mixture.index_add_(0, index, (reach - onward)[:, None] * h.float())  # h̄ += p[t,k] h[t,k]
             if k == self.max_latent:
@@ -380,7 +380,7 @@ class AdaptiveLatentCoT(LLaMA):
         mixture = at.get("mixture", torch.zeros(x.shape, device=x.device))
         states = States.tick(at["pos"], column, self.max_latent, reach)
         h = self.norm(self.one_pass(x, states, cache.logs[0]))
-        wanted, live = self.onward(h, reach, column)
+        wanted, live = self.onward(h, reach, states)
         onward = wanted.where(live, 0)
         mixture = mixture + (reach - onward)[:, None] * h.float()
         at["column"] = (column + 1) * live  # a row that speaks begins its next token

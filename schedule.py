@@ -31,6 +31,7 @@ class Recipe(Config):
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     budget: float | None = None  # mean latent steps per token, met by moving τ; None: τ stays
+    explore: float = 0.0  # logistic noise on the logits of reach, at the start; falls to 0 over 80 % of steps
     course: float = 0.5  # share of the steps in which the aim comes to it from max_latent; 0: none
     eval_windows: int = 128  # windows of validation text, the same for every method and seed
     device: str = ""  # cpu, cuda, cuda:N or mps; empty: cuda where there is one
@@ -87,6 +88,20 @@ def budget_at(config, step: int, start: float = 0.0) -> float:
     return start + (config.budget - start) * progress
 
 
+def exploration(config, step: int, device: torch.device) -> Tensor | None:
+    """What is added to the logits of r[t,k+1] where a step of training decides who thinks (METHOD.md §8).
+
+    (block_size, ℓ_max + 1), by position and column: the same for all sequences, so that it does not matter who
+    computes which. None: nothing.
+    """
+    scale = config.explore * (1 - step / (0.8 * config.max_steps))
+    if scale <= 0 or config.method != "adaptive":
+        return None
+    dice = torch.Generator().manual_seed(config.seed + 1_000_003 * (step + 1))
+    u = torch.rand(config.block_size, config.max_latent + 1, generator=dice)
+    return scale * torch.logit(u, 1e-6).to(device)
+
+
 class BudgetController:
     """Moves the threshold τ so that the mean of executed latent steps is the budget.
 
@@ -104,11 +119,14 @@ class BudgetController:
     def __init__(self) -> None:
         self.state = None  # logit of τ, and its change in a step; None: before the first step of training
 
-    def count(self, reach: Tensor) -> Tensor:
+    def count(self, reach: Tensor, noise: Tensor | None = None) -> Tensor:
         """A histogram of the logits of reach (…, ℓ_max) as an Output has it: (bins,), to be summed over
-        micro-batches and processes.
+        micro-batches and processes. noise: what `exploration` adds to them.
         """
-        logits = torch.logit(reach[reach > 0].float()).clamp(-self.span, self.span)
+        logits = torch.logit(reach.float())
+        if noise is not None:
+            logits = logits + noise[:, : reach.size(-1)]
+        logits = logits[reach > 0].clamp(-self.span, self.span)
         return torch.histc(logits, self.bins, -self.span, self.span)
 
     def update(self, counts: Tensor, wanted: float) -> float:

@@ -40,7 +40,8 @@ from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
                   log_state, restore, say, say_stopped, waiting, write_log)
-from schedule import BudgetController, Recipe, budget_at, learning_rate, make_optimizer, router_rate
+from schedule import (BudgetController, Recipe, budget_at, exploration, learning_rate, make_optimizer,
+                      router_rate)
 from shard import save_shared
 
 
@@ -193,6 +194,10 @@ def train(config: Train) -> dict:
         for group, group_rate in zip(optimizer.param_groups, (rate, rate, of_router)):
             group["lr"] = group_rate
         model.draw(config.seed + 1_000_003 * (step + 1))
+        tau = model.tau
+        noise = exploration(config, step, device)
+        if noise is not None:  # a threshold for each position and latent step
+            model.tau = torch.sigmoid(torch.logit(noise.new_tensor(tau)) - noise)
 
         # Forward and backward, in micro-batches.
         sums = {"loss": 0.0, "ce": 0.0, "ada": 0.0}
@@ -210,8 +215,9 @@ def train(config: Train) -> dict:
                 sums[name] += getattr(o, name).detach() * micro / config.global_batch_size
             executed.append(o.steps.detach())
             if controller:
-                asked = asked.to(device) + controller.count(o.reach.detach())
+                asked = asked.to(device) + controller.count(o.reach.detach(), noise)
             del o  # or its cache, the keys and values of this forward, would outlive the next one
+        model.tau = tau
 
         # Metrics, by name.
         steps = torch.cat(executed).to(exact(device))  # (share, T)
@@ -232,7 +238,6 @@ def train(config: Train) -> dict:
         # Step, and steer τ.
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tau = model.tau
         if controller:
             model.tau = controller.update(asked, budget_at(config, step, at.start) * step_tokens)
             at.threshold = controller.state

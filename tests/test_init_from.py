@@ -7,6 +7,7 @@ import torch
 
 from conftest import uneven
 from init_from import take_weights
+from log import States
 
 
 @pytest.mark.parametrize("source,target,fresh", [
@@ -35,7 +36,8 @@ def test_a_new_router_holds_every_step_back(bias):
     assert "no latent step at the start" in take_weights(new, old, True)
     gamma = new.norm.weight
     h = torch.nn.functional.normalize(new.router.weight * gamma) * gamma * 32**0.5
-    ahead, live = new.onward(torch.cat((h, -h)), torch.ones(2), torch.zeros(2))
+    column = torch.zeros(2, dtype=torch.long)
+    ahead, live = new.onward(torch.cat((h, -h)), torch.ones(2), States.tick(column, column))
     assert not live.any() and 0.9 * new.tau < ahead[0] < new.tau and ahead[1] < ahead[0]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from schedule import BudgetController, budget_at, router_rate
+from schedule import BudgetController, budget_at, exploration, router_rate
 from train import Train
 
 
@@ -17,13 +17,14 @@ class Router:
         self.length, self.drift, self.spread, self.most = length, drift, spread, most
         self.dice = torch.Generator().manual_seed(0)
 
-    def reach(self, step, tau):
+    def reach(self, step, tau, noise=0.0):
         share = step / self.length
         hard = torch.randn(2048, 1, generator=self.dice)
         logits = 2 + self.drift * share + self.spread * share * hard
         logits = logits + 0.3 * torch.randn(2048, self.most, generator=self.dice)
         reach = logits.sigmoid().cumprod(1)
-        taken = reach >= tau
+        taken = torch.logit(reach) + noise >= torch.logit(torch.tensor(tau))
+        taken = taken.int().cumprod(1).bool()  # a step needs those before it
         asked = torch.cat((torch.ones(2048, 1, dtype=torch.bool), taken[:, :-1]), 1)
         return reach * asked, taken.sum(1).float().mean().item()
 
@@ -41,6 +42,24 @@ def test_the_budget_is_met(budget, length, drift):
     ends = sum(router.reach(length, tau)[1] for _ in range(8)) / 8  # as on a validation text
     assert abs(ends / budget - 1) < allowed
     assert abs(sum(course[10:]) / len(course[10:]) / budget - 1) < allowed, "in training too"
+
+
+@pytest.mark.parametrize("budget", [0.5, 1.4])
+def test_the_budget_is_met_where_a_training_explores(budget):
+    """The noise is a function of seed and step; it is gone before the end, where the mean is the budget, too."""
+    config = Train(explore=2.0, max_steps=300, block_size=2048, seed=7)
+    router, controller, tau, course = Router(300, -2.0), BudgetController(), 0.1, []
+    for step in range(300):
+        noise = exploration(config, step, torch.device("cpu"))
+        assert (noise is None) == (step >= 240)
+        reach, mean = router.reach(step, tau, 0.0 if noise is None else noise[:, :3])
+        course.append(mean)
+        tau = controller.update(controller.count(reach, noise), budget * len(reach))
+    assert abs(router.reach(300, tau)[1] / budget - 1) < 0.1
+    assert abs(sum(course[10:]) / len(course[10:]) / budget - 1) < 0.1
+    first, second = (exploration(config, step, torch.device("cpu")) for step in (0, 1))
+    assert first.std() > 3 and not torch.equal(first, second)  # 2 π / √3 is that of the logistic, here 3.63
+    assert torch.equal(first, exploration(config, 0, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("budget,tau,most", [(0.0, 0.1, 0.02), (3.0, 0.99, 3.0), (1.0, 0.999999, 1.1)])

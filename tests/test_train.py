@@ -155,7 +155,7 @@ def die(monkeypatch, moment):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_resumes(method, data, tmp_path, monkeypatch):
     """Bit for bit: a run that was cut in two by a resume has all that one has which was not."""
-    settings = SMALL | dict(method=method, n_layer=3, data=str(data), budget=1.0)
+    settings = SMALL | dict(method=method, n_layer=3, data=str(data), budget=1.0, explore=2.0)
     train(Train(out=str(tmp_path / "whole"), **settings))
     with monkeypatch.context() as patch:
         original = torch.optim.AdamW.step
@@ -371,6 +371,7 @@ def close(a, b):
 
 CASES = {  # the settings of the runs that are made once in one process, and in two
     "adaptive": dict(budget=1.0, grad_clip=0.5),
+    "explores": dict(budget=1.0, explore=2.0, exit_loss=0.5, weigh_values=True),
     "halted": dict(tau=1.0),
     "none": dict(max_latent=0),
     "ponder2": dict(method="ponder2", max_latent=2),
