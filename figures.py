@@ -143,6 +143,18 @@ def loss_against_flops(panels: dict[int, dict[str, list[tuple[float, float]]]]):
     return figure
 
 
+def steps_against_hops(rows: list[dict]):
+    """A figure of what tasks.py found: accuracy, and mean latent steps, by the number of hops."""
+    figure = optional("matplotlib.figure", "--plot").Figure(figsize=(8, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = [str(row["hops"] or "other tokens") for row in rows]
+    left.bar(names[:-1], [row["accuracy"] for row in rows[:-1]], color="C0")
+    left.set(xlabel="hops", ylabel="share of right answers", ylim=(0, 1.05))
+    right.bar(names, [row["steps"] for row in rows], color=["C1"] * (len(rows) - 1) + ["lightgrey"])
+    right.set(xlabel="hops", ylabel="mean latent steps")
+    return figure
+
+
 def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those points (FLOPs, loss) that no cheaper one equals, by FLOPs."""
     best, found = math.inf, []

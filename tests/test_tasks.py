@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import figures
 import prepare
 import tasks
 from prepare import Data
@@ -83,6 +84,18 @@ def test_the_command(data, tmp_path, call, monkeypatch):
                   f"--json={tmp_path}/hops.json")
     found = json.loads((tmp_path / "hops.json").read_text())
     assert "| elsewhere" in out and len(found["rows"]) == 5 and found["rows"][0]["steps"] == 1
+    assert "--plot=x.txt" in call("tasks", tmp_path / "run", f"--data={data}", "--plot=x.txt", code=2)[1]
+
+
+def test_the_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [{"hops": h, "accuracy": h / 4, "steps": 5.0 - h} for h in (1, 2, 3, 4)]
+    figure = figures.steps_against_hops([*rows, {"hops": None, "accuracy": None, "steps": 0.5}])
+    left, right = figure.axes
+    assert [bar.get_height() for bar in left.patches] == [0.25, 0.5, 0.75, 1.0]
+    assert [bar.get_height() for bar in right.patches] == [4, 3, 2, 1, 0.5]
+    figures.save(figure, tmp_path / "hops.png")
+    assert (tmp_path / "hops.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("arguments,words", [
