@@ -140,7 +140,8 @@ class Runs:
             return
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            theirs, self.fingerprint = stored["settings"], stored.get("fingerprint")
+            unset = {name: getattr(Recipe, name, []) for name in TRAINED}  # before there was a setting
+            theirs, self.fingerprint = unset | stored["settings"], stored.get("fingerprint")
             for result in stored["runs"]:
                 self.finished[Run(**{f.name: result[f.name] for f in fields(Run)})] = result
             other = [name for name, ours in self.common.items() if theirs.get(name, ours) != ours]
@@ -227,8 +228,8 @@ class Runs:
             said = errors.read_text(encoding="utf-8", errors="replace").splitlines() or ["stopped"]
             raise BadInput(f"{self.name(run, seed=True)}: {said[-1]} (exit code {code}, {errors})")
         path = out / "log.jsonl"  # not there where the first step diverged
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        log = [json.loads(line) for line in lines]
+        lines = path.read_text(encoding="utf-8") if path.exists() else ""
+        log = [json.loads(line) for line in lines.splitlines()]
         flops = {row["step"]: row["flops"] for row in log if "flops" in row}
         steps = [row["latent_steps"] for row in log if "latent_steps" in row] or [0]
         curve = [(row["step"], flops[row["step"]], row["val_loss"]) for row in log if "val_loss" in row]
@@ -242,8 +243,7 @@ class Runs:
 
 def main() -> None:
     if sys.argv[1:2] == ["plot"]:
-        figures.main(sys.argv[2:])
-        return
+        return figures.main(sys.argv[2:])
     settings = configure(Compare, default=TINY, also="train.py")
     if settings.plot:
         optional("matplotlib.figure", "--plot")

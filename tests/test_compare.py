@@ -205,6 +205,11 @@ def test_other_settings_are_refused(compared, tmp_path):
     for name, value in (("weight_decay", 0.5), ("block_size", 12), ("dtype", "bfloat16")):
         assert name in compared(*arguments, f"--{name}={value}", code=2)
     assert stored(tmp_path) == before and len(calls(tmp_path)) == made
+    path = tmp_path / "results" / "quality-3x16-20.json"
+    older = stored(tmp_path)  # of before there was a setting: its runs had the default
+    del older["settings"]["explore"]
+    path.write_text(json.dumps(older))
+    assert "explore" in compared(*arguments, "--explore=1", code=2)
     for name, value in (("device", "cpu"), ("compile", "False"), ("jobs", 2), ("seed", 1337)):
         compared(*arguments, f"--{name}={value}")
     assert len(calls(tmp_path)) == made
