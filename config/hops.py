@@ -1,6 +1,6 @@
 """Two layers on tables of permutations (prepare.py --task=hops): how far do they follow, thinking or not?
 
-All tokens take all steps: left to choose, the router drops the thoughts of the table, which others read.
+All tokens take all steps; results/README.md has the training that follows, in which the router chooses.
 Without: --method=vanilla --max_latent=0.
 """
 
