@@ -20,7 +20,8 @@ from common import BadInput
 from model import CHUNK, AdaptiveLatentCoT, Config, LLaMA
 
 
-def forward_flops(model: LLaMA, steps: Tensor, live: Tensor | None = None, fed: Tensor | None = None) -> tuple:
+def forward_flops(model: LLaMA, steps: Tensor, live: Tensor | None = None,
+                  fed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Of the states that `steps` (B, T) says were executed: FLOPs of matrix products, and of attention.
 
     live (B, T): which are tokens; fed (B, T): which of them this forward computed, the others being in

@@ -187,7 +187,7 @@ class Cache:
         self.logs: dict[int, Log] = defaultdict(Log)
         self.at: dict[str, Tensor] = {}  # of each row (B, …): "pos", and what `tick` keeps of its thought
         self.length = 0  # tokens fed so far, padding included: no row is longer
-        self.exits: list[tuple] = []  # of a forward: h[t,k] (n, d) of each pass and its tokens (n,), if wanted
+        self.exits: list[tuple] = []  # of a forward, if wanted: of each pass h[t,k] (n, d), tokens (n,)
 
     def states(self, idx: Tensor, live: Tensor | None) -> States:
         """The next tokens idx (B, T), or those that are live (B, T), as column 0; advances the positions."""

@@ -151,7 +151,7 @@ class LLaMA(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.max_latent, self.tau, self.lam = config.max_latent, config.tau, config.lam  # dials; τ: one, or (T, ℓ)
+        self.max_latent, self.tau, self.lam = config.max_latent, config.tau, config.lam  # dials; τ, or τ[t,k]
         self.checkpointing = False  # recompute each block in the backward pass: less memory, more time
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))

@@ -91,8 +91,8 @@ def budget_at(config, step: int, start: float = 0.0) -> float:
 def exploration(config, step: int, device: torch.device) -> Tensor | None:
     """What is added to the logits of r[t,k+1] where a step of training decides who thinks (METHOD.md §8).
 
-    (block_size, ℓ_max + 1), by position and column: the same for all sequences, so that it does not matter who
-    computes which. None: nothing.
+    (block_size, ℓ_max + 1), by position and column: the same for all sequences, so that it does not matter
+    who computes which. None: nothing.
     """
     scale = config.explore * (1 - step / (0.8 * config.max_steps))
     if scale <= 0 or config.method != "adaptive":

@@ -334,7 +334,8 @@ def test_padding_targets_do_not_count():
     torch.testing.assert_close(out.ce, want)
 
 
-@pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", QWEN), ("adaptive", FELT)])
+@pytest.mark.parametrize("method,shape", [
+    *((method, {}) for method in METHODS), ("adaptive", QWEN), ("adaptive", FELT)])
 def test_bf16_autocast_is_near(method, shape):
     model, idx, targets = make(method, **shape).train(), text(), text(seed=5)
     exact = model(idx, targets).loss

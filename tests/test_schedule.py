@@ -46,7 +46,7 @@ def test_the_budget_is_met(budget, length, drift):
 
 @pytest.mark.parametrize("budget", [0.5, 1.4])
 def test_the_budget_is_met_where_a_training_explores(budget):
-    """The noise is a function of seed and step; it is gone before the end, where the mean is the budget, too."""
+    """The noise is a function of seed and step, and gone before the end; the mean is the budget then, too."""
     config = Train(explore=2.0, max_steps=300, block_size=2048, seed=7)
     router, controller, tau, course = Router(300, -2.0), BudgetController(), 0.1, []
     for step in range(300):
