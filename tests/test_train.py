@@ -379,6 +379,13 @@ CASES = {  # the settings of the runs that are made once in one process, and in 
 }
 
 
+def test_a_training_that_explores_takes_the_steps_of_its_budget(data, tmp_path):
+    settings = dict(max_latent=1, budget=0.25, explore=4.0, course=0.0, max_steps=40, data=str(data))
+    train(Train(out=str(tmp_path / "run"), **SMALL | settings))
+    steps = [row["latent_steps"] for row in records(tmp_path / "run") if "latent_steps" in row][8:32]
+    assert abs(sum(steps) / len(steps) - 0.25) < 0.05
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_micro_batches_change_no_number(name, data, tmp_path):
     settings = SMALL | CASES[name] | dict(data=str(data), global_batch_size=8)
