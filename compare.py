@@ -144,7 +144,7 @@ class Runs:
             theirs, self.fingerprint = unset | stored["settings"], stored.get("fingerprint")
             for result in stored["runs"]:
                 self.finished[Run(**{f.name: result[f.name] for f in fields(Run)})] = result
-            other = [name for name, ours in self.common.items() if theirs.get(name, ours) != ours]
+            other = [name for name, ours in self.common.items() if theirs[name] != ours]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{self.path} is not of compare.py ({error!r}); want another --results") from None
         if other:
@@ -228,8 +228,8 @@ class Runs:
             said = errors.read_text(encoding="utf-8", errors="replace").splitlines() or ["stopped"]
             raise BadInput(f"{self.name(run, seed=True)}: {said[-1]} (exit code {code}, {errors})")
         path = out / "log.jsonl"  # not there where the first step diverged
-        lines = path.read_text(encoding="utf-8") if path.exists() else ""
-        log = [json.loads(line) for line in lines.splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        log = [json.loads(line) for line in lines]
         flops = {row["step"]: row["flops"] for row in log if "flops" in row}
         steps = [row["latent_steps"] for row in log if "latent_steps" in row] or [0]
         curve = [(row["step"], flops[row["step"]], row["val_loss"]) for row in log if "val_loss" in row]

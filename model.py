@@ -209,10 +209,9 @@ class LLaMA(nn.Module):
             targets = targets.flatten() if live is None else targets[live]
             nats = self.nats(h, targets) if logits is None else nats_of(logits, targets)
             loss, ce, ada = self.loss(nats, targets, expected)
-            for h, index in cache.exits:
-                nats = self.nats(h, targets[index])
-                share = self.config.exit_loss / (self.max_latent + 1)
-                loss = loss + share * nats.sum() / (targets != -1).sum()
+            share = self.config.exit_loss / (self.max_latent + 1)
+            for exit, index in cache.exits:
+                loss = loss + share * self.nats(exit, targets[index]).sum() / (targets != -1).sum()
         logits = None if logits is None else spread(logits, idx, live)
         steps, reach, expected = (spread(each, idx, live) for each in (steps, reach, expected))
         return Output(logits, loss, ce, ada, steps, reach, expected, cache)

@@ -88,6 +88,11 @@ def budget_at(config, step: int, start: float = 0.0) -> float:
     return start + (config.budget - start) * progress
 
 
+def seed_of(config, step: int) -> int:
+    """The seed of what a step of training draws at random: a function of the step, the same everywhere."""
+    return config.seed + 1_000_003 * (step + 1)
+
+
 def exploration(config, step: int, device: torch.device) -> Tensor | None:
     """What is added to the logits of r[t,k+1] where a step of training decides who thinks (METHOD.md §8).
 
@@ -97,7 +102,7 @@ def exploration(config, step: int, device: torch.device) -> Tensor | None:
     scale = config.explore * (1 - step / (0.8 * config.max_steps))
     if scale <= 0 or config.method != "adaptive":
         return None
-    dice = torch.Generator().manual_seed(config.seed + 1_000_003 * (step + 1))
+    dice = torch.Generator().manual_seed(seed_of(config, step))
     u = torch.rand(config.block_size, config.max_latent + 1, generator=dice)
     return scale * torch.logit(u, 1e-6).to(device)
 

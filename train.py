@@ -41,7 +41,7 @@ from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
                   log_state, restore, say, say_stopped, waiting, write_log)
 from schedule import (BudgetController, Recipe, budget_at, exploration, learning_rate, make_optimizer,
-                      router_rate)
+                      router_rate, seed_of)
 from shard import save_shared
 
 
@@ -193,7 +193,7 @@ def train(config: Train) -> dict:
         of_router = router_rate(config, step, at.start)
         for group, group_rate in zip(optimizer.param_groups, (rate, rate, of_router)):
             group["lr"] = group_rate
-        model.draw(config.seed + 1_000_003 * (step + 1))
+        model.draw(seed_of(config, step))
         tau = model.tau
         noise = exploration(config, step, device)
         if noise is not None:  # a threshold for each position and latent step
