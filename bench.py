@@ -172,7 +172,6 @@ class Contestant:
             fuse_norms(self.model)  # as train.py does
         if not twin and compiled:
             compile_training(self.model)
-            compile_training(self.decoder)
             compile_ticks(self.decoder)
             torch._dynamo.config.recompile_limit = 1024  # contestants share code, but not their graphs
             torch._dynamo.config.accumulated_recompile_limit = 1024

@@ -23,11 +23,12 @@ def compiles(wanted: bool | None, device) -> bool:
 
 
 def compile_training(model) -> None:
-    """Compiles what a block does before and after its attention, for any number of tokens."""
+    """Compiles what a block does before and after its attention, for any number of tokens, and the loss."""
     import torch
     for block in model.blocks:
         block.before = torch.compile(block.before, dynamic=True)
         block.after = torch.compile(block.after, dynamic=True)
+    model.nats_of = torch.compile(model.nats_of)
 
 
 def fuse_norms(model) -> None:
@@ -96,7 +97,8 @@ class Still:
 class Ticks:
     """A tick's pass over all layers as one compiled graph for all columns; on CUDA, as a CUDA graph.
 
-    Everything else goes to the model's own `one_pass`. CUDA graphs are recorded for each number of rows and
+    Everything else goes to the model's own `one_pass`. On CUDA only the parts of a block are compiled, once
+    for all layers: a graph costs no launches. CUDA graphs are recorded for each number of rows and
     each capacity, over buffers of their own: a log moves into them when it comes for the first time, and they
     are used again when it has gone. A few that nobody uses are kept.
     """
@@ -106,7 +108,11 @@ class Ticks:
         self.model = model
         self.plain = model.one_pass
         torch._dynamo.config.recompile_limit = 64  # one row or several, all layers or some
-        self.run = torch.compile(self.blocks, dynamic=True, **options)
+        self.run = self.blocks
+        if model.embed.weight.is_cuda:
+            compile_training(model)
+        else:
+            self.run = torch.compile(self.blocks, dynamic=True, **options)
         self.tapes: list[Tape] = []
 
     def __call__(self, x, states, log, layers=None):

@@ -207,7 +207,7 @@ class LLaMA(nn.Module):
             logits = self.head(h)
         if targets is not None:
             targets = targets.flatten() if live is None else targets[live]
-            nats = self.nats(h, targets) if logits is None else nats_of(logits, targets)
+            nats = self.nats(h, targets) if logits is None else self.nats_of(logits, targets)
             loss, ce, ada = self.loss(nats, targets, expected)
             share = self.config.exit_loss / (self.max_latent + 1)
             for exit, index in cache.exits:
@@ -220,10 +220,15 @@ class LLaMA(nn.Module):
         """Cross-entropy (N,); too many logits are made chunk by chunk, and again in the backward pass."""
         n, parts = max(1, CHUNK // self.config.vocab_size), []
         if len(h) <= n:
-            return nats_of(self.head(h), targets)
+            return self.nats_of(self.head(h), targets)
         for h, y in zip(h.split(n), targets.split(n)):
-            parts.append(checkpoint(lambda h, y: nats_of(self.head(h), y), h, y, use_reentrant=False))
+            parts.append(checkpoint(lambda h, y: self.nats_of(self.head(h), y), h, y, use_reentrant=False))
         return torch.cat(parts)
+
+    @staticmethod
+    def nats_of(logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy in nats, logits (N, V) and targets (N,) → (N,), 0 where a target is -1."""
+        return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
 
     def loss(self, nats: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L = CE + λ · mean_t stopgrad(q_t^β) · Σ_k r[t,k] (§4) over the targets (N,) that are not -1."""
@@ -321,11 +326,6 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: 
     mass = share.where(before < top_p * share.sum(1, keepdim=True), 0).cumsum(1)
     index = torch.searchsorted(mass, draws[:, None] * mass[:, -1:])
     return token.gather(1, index).squeeze(1)
-
-
-def nats_of(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, logits (N, V) and targets (N,) → (N,), 0 where a target is -1."""
-    return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
 
 
 class AdaptiveLatentCoT(LLaMA):
