@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import build
 from common import BadInput
+from fast import COMPILED_CHUNK
 from model import CHUNK, AdaptiveLatentCoT, Config, LLaMA
 
 
@@ -164,7 +165,7 @@ def memory(model: LLaMA, batch: int, world: int, checkpointing: bool, low: bool 
     Of an adaptive model (on the meta device: nothing is allocated) and a micro-batch of `batch` full
     contexts, where every token takes every step: the most that can be. low: products in bfloat16, else all in
     float32. masks: attention reads additive masks, as on a CPU. Counted from what blocks keep that are not
-    compiled; gradients of earlier micro-batches are there.
+    compiled, and for a loss that is or is not; gradients of earlier micro-batches are there.
     """
     config = model.config
     d, f, V, L, K = config.n_embd, config.n_ff, config.vocab_size, config.n_layer, config.max_latent
@@ -188,7 +189,7 @@ def memory(model: LLaMA, batch: int, world: int, checkpointing: bool, low: bool 
     if checkpointing:
         works += n * kept + c * n * kv * (K + 1)
     later = works + L * K * c * n * kv - activations / (K + 1)  # after one pass: gradients of older keys
-    loss = (18 if low else 16) * head + 2 * c * block
+    loss = max((18 if low else 16) * head, 2 * c * min(n * V, COMPILED_CHUNK)) + 2 * c * block
     return {
         "weights": 4 * total / world, "gradients": 4 * total / world, "AdamW's moments": 8 * total / world,
         "gathered: embedding, head": 4 * (total - L * block) + c * V * d * low,

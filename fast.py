@@ -9,6 +9,7 @@ from functools import partial
 
 from common import BadInput, precision, reason
 
+COMPILED_CHUNK = 2**31  # logits at once of a compiled loss, which makes no copy of them in fp32
 
 def compiles(wanted: bool | None, device) -> bool:
     """What a --compile flag means on a device; None: on CUDA only. Raises BadInput where nothing compiles."""
@@ -29,6 +30,8 @@ def compile_training(model) -> None:
         block.before = torch.compile(block.before, dynamic=True)
         block.after = torch.compile(block.after, dynamic=True)
     model.nats_of = torch.compile(model.nats_of)
+    if model.embed.weight.is_cuda:
+        model.chunk = COMPILED_CHUNK
 
 
 def fuse_norms(model) -> None:

@@ -243,8 +243,12 @@ def additive_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: 
 
 
 def block_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Tensor) -> BlockMask:
-    """The rule for FlexAttention, from the same shapes. Here an empty seat sees nothing."""
-    order, column, key_order, key_column = (t.flatten(1) for t in (order, column, key_order, key_column))
+    """The rule for FlexAttention, from the same shapes. Here an empty seat sees nothing.
+
+    As int32: a thread of the kernel holds the addresses of half a block's keys in registers.
+    """
+    addresses = order, column, key_order, key_column
+    order, column, key_order, key_column = (t.flatten(1).int() for t in addresses)
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (key_order[b, k] <= order[b, q]) & (key_column[b, k] <= column[b, q])

@@ -147,6 +147,7 @@ class LLaMA(nn.Module):
 
     scale = 1.0  # s: the embedding is multiplied by this (§1)
     agree = None  # where processes must make the same passes (shard.py): see States.select
+    chunk = CHUNK  # logits that `nats` makes at once
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -218,7 +219,7 @@ class LLaMA(nn.Module):
 
     def nats(self, h: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy (N,); too many logits are made chunk by chunk, and again in the backward pass."""
-        n, parts = max(1, CHUNK // self.config.vocab_size), []
+        n, parts = max(1, self.chunk // self.config.vocab_size), []
         if len(h) <= n:
             return self.nats_of(self.head(h), targets)
         for h, y in zip(h.split(n), targets.split(n)):

@@ -316,13 +316,14 @@ def test_a_loss_in_chunks_is_the_loss(monkeypatch):
     whole = model(idx, targets)
     whole.loss.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
-    monkeypatch.setattr(model_module, "CHUNK", 17 * 61)  # 120 tokens: seven chunks of 17, and one
-    chunked = model(idx, targets)
-    chunked.loss.backward()
-    assert whole.logits is not None and chunked.logits is None
-    torch.testing.assert_close([chunked.loss, chunked.ada], [whole.loss, whole.ada])
-    torch.testing.assert_close([p.grad for p in model.parameters()], gradients)
+    monkeypatch.setattr(model_module, "CHUNK", 17 * 61)  # of 120 tokens: too many to keep
+    for model.chunk in (17 * 61, model.chunk):  # seven chunks of 17, and one; or all at once
+        model.zero_grad()
+        chunked = model(idx, targets)
+        chunked.loss.backward()
+        assert whole.logits is not None and chunked.logits is None
+        torch.testing.assert_close([chunked.loss, chunked.ada], [whole.loss, whole.ada])
+        torch.testing.assert_close([p.grad for p in model.parameters()], gradients)
 
 
 def test_padding_targets_do_not_count():
