@@ -19,7 +19,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from configurator import RANGES, BadInput, answer_help, check_range, configure, reason, run  # noqa: F401
+from configurator import (RANGES, BadInput, answer_help, check_range, configure, lacks_memory,  # noqa: F401
+                          reason, run)
 
 FORMAT = "nanoLatentCoT 1"
 TINY = Path(__file__).parent / "config" / "tiny.py"  # the config file where none is named
@@ -232,7 +233,8 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
     """path: a run's folder or a file → model (in eval mode), tokenizer, checkpoint (a dict).
 
     parts: whether to read a model that lies in parts beside the file (shard.py); if not, it is None.
-    Runs no code that the file may hold. Raises BadInput for a file that is missing, damaged or not ours.
+    Runs no code that the file may hold. Raises BadInput for a file that is missing, damaged, not ours or too
+    large for the memory that is there.
     """
     import torch
     from baselines import build
@@ -247,6 +249,8 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
                 raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no GPU holds moments
     except Exception as error:  # of any kind, as the bytes may be any
+        if lacks_memory(error):
+            raise BadInput(f"{path} does not fit into memory: {reason(error)}") from None
         why = "it holds code" if "weights_only" in str(error) else reason(error)
         raise BadInput(f"{path} is corrupt or no checkpoint: {why}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
@@ -273,8 +277,8 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
         model.load_state_dict(checkpoint["model"])
     except BadInput:
         raise
-    except torch.OutOfMemoryError:
-        raise BadInput(f"{path} does not fit into the memory of {device}") from None
-    except (RuntimeError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, MemoryError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if lacks_memory(error):
+            raise BadInput(f"{path} does not fit into the memory of {device}") from None
         raise BadInput(f"{path} does not fit the model that it describes: {reason(error)}") from None
     return model.eval(), tokenizer, checkpoint

@@ -61,8 +61,16 @@ def reason(error: BaseException) -> str:
     return textwrap.shorten(text, 160, placeholder=" …") or type(error).__name__
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, a GPU's, or the CPU's, of which PyTorch says so in words alone."""
+    words = "out of memory", "can't allocate memory"
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
 def run(main) -> None:
-    """Calls main(). BadInput becomes a line on stderr and exit code 2, Ctrl-C a line and exit code 130."""
+    """Calls main(). BadInput, and a lack of memory, become a line on stderr and exit code 2, Ctrl-C a line
+    and exit code 130.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the encoding lacks, such as λ in cp1252, becomes a "?"
             stream.reconfigure(errors="replace")
@@ -78,6 +86,11 @@ def run(main) -> None:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        print(f"{script}: too little memory: {reason(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def check_range(name: str, value, where: str) -> None:

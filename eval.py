@@ -33,8 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis import analyze, draw, further_steps, print_tables
-from common import (BadInput, about, autocast, check_output, check_predictions, configure, load_checkpoint,
-                    optional, pick_device, run, turn, write_whole)
+from common import (BadInput, about, autocast, check_output, check_predictions, configure, lacks_memory,
+                    load_checkpoint, optional, pick_device, run, turn, write_whole)
 from costs import forward_flops
 from documents import encode, find_files, read_pieces
 from log import Cache, pad
@@ -370,8 +370,10 @@ def main() -> None:
     try:
         with torch.no_grad(), autocast(pick_device(config.device), config.dtype):
             evaluate(config)
-    except torch.OutOfMemoryError:
-        raise BadInput(f"too little GPU memory for --batch_size={config.batch_size}; give less") from None
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        raise BadInput(f"too little memory for --batch_size={config.batch_size}; give less") from None
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from baselines import build
-from common import (BadInput, about, autocast, configure, load_checkpoint, measure_roof, optional,
-                    pick_device, precision, run, save_checkpoint, write_whole)
+from common import (BadInput, about, autocast, configure, lacks_memory, load_checkpoint, measure_roof,
+                    optional, pick_device, precision, run, save_checkpoint, write_whole)
 from costs import forward_flops, training_flops
 from fast import compile_training, compiles, fuse_norms
 from init_from import check_source, take_shape, take_weights
@@ -283,9 +283,11 @@ def main() -> None:
         config = configure(Train, default=TINY)
         try:
             train(config)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
             size = f"--micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
-            raise BadInput(f"the GPU's memory is too small for {size}; a lower one, --checkpointing or, on "
+            raise BadInput(f"too little memory for {size}; a lower one, --checkpointing or, on "
                            "several GPUs, --shard takes less and changes no number, also with --resume (but "
                            "mor's balancing loss)") from None
     if dist.is_initialized():  # not in train: DDP must be gone first, or its end waits for gloo's thread

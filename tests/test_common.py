@@ -10,7 +10,7 @@ import torch
 
 from common import (
     BadInput, about, autocast, check_output, check_tensor, load_checkpoint, measure_roof, optional,
-    pick_device, precision, save_checkpoint, table, timed, turn, write_whole)
+    pick_device, precision, run, save_checkpoint, table, timed, turn, write_whole)
 from conftest import uneven
 from tokenizer import get_tokenizer
 
@@ -221,12 +221,30 @@ def test_wrong_checkpoints(saved, tmp_path):
         load_checkpoint(tmp_path / "missing")
 
 
-def test_a_model_that_a_device_cannot_hold_is_not_called_corrupt(saved, monkeypatch):
-    def full(self, device):
-        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
-    monkeypatch.setattr(torch.nn.Module, "to", full)
-    with pytest.raises(BadInput, match="does not fit into the memory of cpu"):
-        load_checkpoint(saved)
+def gpu_is_full(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def cpu_is_full(*_, **__):
+    torch.empty(2**50)
+
+
+@pytest.mark.parametrize("full", [gpu_is_full, cpu_is_full])
+def test_a_model_that_memory_cannot_hold_is_not_called_corrupt(full, saved, monkeypatch):
+    for where, name in ((torch.nn.Module, "to"), (torch, "load")):
+        with monkeypatch.context() as patch, pytest.raises(BadInput, match="does not fit into .*memory"):
+            patch.setattr(where, name, full)
+            load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("full", [gpu_is_full, cpu_is_full])
+def test_too_little_memory_is_one_line(full, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(full)
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and line.count("\n") == 1 and "too little memory" in line
+    with pytest.raises(RuntimeError, match="size"):  # a fault of ours is shown as one
+        run(lambda: torch.ones(2) @ torch.ones(3))
 
 
 @pytest.mark.parametrize("name,value,words", [
