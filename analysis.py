@@ -5,7 +5,6 @@ tensor `said` (3, n − 1), for each token but the first: −log q in nats, whet
 latent steps behind it. A table is a list of rows, each a dict of plain values, as it goes into a JSON file.
 """
 
-import io
 import math
 import re
 
@@ -151,8 +150,8 @@ def print_tables(found: dict) -> None:
             print(f"\n{title}\n\n{table(head, rows)}")
 
 
-def draw(found: dict, title: str, kind: str) -> bytes:
-    """The tables of found side by side in one figure: the content of a file of that kind (png, svg, pdf)."""
+def draw(found: dict, title: str):
+    """The tables of found side by side in one matplotlib figure."""
     names = [name for name in TITLES if found.get(name) and name not in ("longest", "shortest")]
     matplotlib = optional("matplotlib.figure", "--plot")
     figure = matplotlib.Figure(figsize=(4.5 * len(names), 4), layout="constrained")
@@ -180,6 +179,4 @@ def draw(found: dict, title: str, kind: str) -> bytes:
             axis.tick_params("x", rotation=60)
             xlabel = "deciles of q, least likely first" if name == "deciles" else name.replace("_", " ")
             axis.set(xlabel=xlabel, ylabel="mean latent steps")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=150, format=kind)
-    return picture.getvalue()
+    return figure

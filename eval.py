@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import figures
 from analysis import analyze, draw, further_steps, print_tables
 from common import (BadInput, about, autocast, check_output, check_predictions, configure, lacks_memory,
-                    load_checkpoint, optional, pick_device, run, turn, write_whole)
+                    load_checkpoint, pick_device, run, turn, write_whole)
 from costs import forward_flops
 from documents import encode, find_files, read_pieces
 from log import Cache, pad
@@ -72,8 +73,8 @@ class Eval:
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
 
     def __post_init__(self) -> None:
-        if self.plot and not ((self.analyze or self.sweep) and self.plot.endswith((".png", ".svg", ".pdf"))):
-            raise ValueError("--plot wants --analyze or --sweep beside it, and a name in .png, .svg or .pdf")
+        if self.plot and not (self.analyze or self.sweep):
+            raise ValueError("--plot wants --analyze or --sweep beside it")
         self.tasks = [name for word in self.tasks for name in word.split(",") if name]
 
 
@@ -305,11 +306,11 @@ def check(config: Eval, model: LLaMA) -> None:
                        "some tokens would not be counted")
     if config.sweep and (model.config.method == "vanilla" or model.config.max_latent == 0):
         raise BadInput(f"--sweep turns nothing: {config.run} holds a model without latent steps")
-    for flag in ("html", "plot", "json"):
+    for flag in ("html", "json"):
         if getattr(config, flag):
             check_output(getattr(config, flag), f"--{flag}")
     if config.plot:
-        optional("matplotlib.figure", "--plot")
+        figures.check_figure(config.plot, "--plot")
 
 
 def evaluate(config: Eval) -> None:
@@ -358,10 +359,10 @@ def evaluate(config: Eval) -> None:
             beginning = explain(model, tokenizer, ids[:2000].tolist())
             write_whole(config.html, html_page(title, model, tokenizer, [beginning]))
     if config.plot:
-        write_whole(config.plot, draw(found, title, config.plot.rpartition(".")[2]))
+        figures.save(draw(found, title), config.plot)
     if config.json:
         write_whole(config.json, json.dumps(found | about(), indent=1, ensure_ascii=False) + "\n")
-    for path in filter(None, (config.html, config.plot, config.json)):
+    for path in filter(None, (config.html, config.json)):
         print(f"written: {path}")
 
 

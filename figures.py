@@ -33,8 +33,6 @@ class Plot:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("name the folders of runs, as in: python compare.py plot out/tiny out/vanilla")
-        if not self.file.endswith(KINDS):
-            raise ValueError(f"--file={self.file}: want a name in {', '.join(KINDS)}")
 
 
 def read_log(name: str) -> list[dict]:
@@ -165,6 +163,14 @@ def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
+def check_figure(path: str, flag: str) -> None:
+    """Raises BadInput, which names flag, where no figure can be drawn and written at path."""
+    if not path.endswith(KINDS):
+        raise BadInput(f"{flag}={path}: want a name in {', '.join(KINDS)}")
+    check_output(path, flag)
+    optional("matplotlib.figure", flag)
+
+
 def save(figure, path: str | Path) -> None:
     """Writes a figure, whole or not at all, in the format that the name says. Raises BadInput."""
     with whole(path) as file:
@@ -174,7 +180,7 @@ def save(figure, path: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     config = configure(Plot, argv, positional=("runs",))
-    check_output(config.file, "--file")
+    check_figure(config.file, "--file")
     save(draw_curves(config.runs), config.file)
 
 

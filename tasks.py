@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 
 import figures
-from common import (BadInput, about, check_output, configure, load_checkpoint, optional, pick_device, run,
-                    table, turn, write_whole)
+from common import (BadInput, about, check_output, configure, load_checkpoint, pick_device, run, table, turn,
+                    write_whole)
 from prepare import Data
 from tokenizer import describe, same_tokens
 
@@ -49,10 +49,6 @@ class Tasks:
     device: str = ""  # cpu, cuda or mps; empty: cuda where there is one
     json: str = ""  # also write the table to this file
     plot: str = ""  # and draw it (.png, .svg or .pdf)
-
-    def __post_init__(self) -> None:
-        if self.plot and not self.plot.endswith(figures.KINDS):
-            raise ValueError(f"--plot={self.plot}: want a name in {', '.join(figures.KINDS)}")
 
 
 def hops(documents: int = 60_000, seed: int = 0) -> Iterator[str]:
@@ -94,11 +90,10 @@ def answers(model, data, documents: int) -> list[dict]:
 
 def main() -> None:
     config = configure(Tasks, positional=("run",))
-    for flag in ("json", "plot"):
-        if getattr(config, flag):
-            check_output(getattr(config, flag), f"--{flag}")
+    if config.json:
+        check_output(config.json, "--json")
     if config.plot:
-        optional("matplotlib.figure", "--plot")
+        figures.check_figure(config.plot, "--plot")
     model, tokenizer, _ = load_checkpoint(config.run, pick_device(config.device))
     data = Data(config.data, 1)
     if data.document == 1:  # nor do documents of an older task say how long they are

@@ -17,6 +17,15 @@ from common import run
 from model import Config
 
 
+@pytest.fixture(autouse=True)
+def same_signals():
+    """A training in this process leaves its answer to Ctrl-C behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def call(monkeypatch, capsys):
     """Runs a script in this process, which is quicker than one of its own → what it wrote to stdout and
