@@ -243,9 +243,8 @@ def additive_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: 
 
 
 def block_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Tensor) -> BlockMask:
-    """The rule for FlexAttention, from the same shapes. Here an empty seat sees nothing.
-
-    As int32: a thread of the kernel holds the addresses of half a block's keys in registers.
+    """The rule for FlexAttention, from the same shapes. Here an empty seat sees nothing. Addresses are int32,
+    as the kernel holds many of them in registers.
     """
     addresses = order, column, key_order, key_column
     order, column, key_order, key_column = (t.flatten(1).int() for t in addresses)
@@ -269,13 +268,14 @@ def broken_compiler(device: torch.device) -> Exception | None:
 
 compiled_block_mask = torch.compile(create_block_mask, dynamic=True)
 compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
+FLEX = {"fwd_num_warps": 8, "fwd_BLOCK_N": 64}  # by default a block's addresses and scores spill registers
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """q (B, H, A, hd), k and v (B, G, S, hd) → (B, H, A, hd). The one place that chooses a kernel."""
     grouped = q.size(1) != k.size(1)
     if isinstance(mask, BlockMask):
-        return compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+        return compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=FLEX)
     causal = mask is None and q.size(2) > 1
     mask = None if mask is None else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)

@@ -9,7 +9,7 @@ import model as model_module
 from baselines import METHODS
 from conftest import text
 from conftest import uneven as make
-from log import FAR, Cache, Log, States, additive_mask, block_mask, flex_attention, make_mask
+from log import FAR, FLEX, Cache, Log, States, additive_mask, block_mask, flex_attention, make_mask
 
 EXACT = [name for name in METHODS if name != "ponder2"]  # which in parallel approximates its decoding
 
@@ -185,7 +185,8 @@ def test_flex_attention_is_compiled_once_for_all_lengths():
         q, k, v = (torch.randn(2, 2, n, 16) for n in (A, S, S))
         blocks = make_blocks(order, torch.zeros_like(order), key_order, torch.zeros_like(key_order))
         dense = F.scaled_dot_product_attention(q, k, v, attn_mask=key_order.mT <= order)
-        torch.testing.assert_close(attention(q, k, v, block_mask=blocks), dense, atol=1e-5, rtol=1e-5)
+        out = attention(q, k, v, block_mask=blocks, kernel_options=FLEX)
+        torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-5)
     assert mask_counter.frame_count == counter.frame_count == 1
 
 
