@@ -16,11 +16,10 @@ import time
 import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-from configurator import (RANGES, BadInput, answer_help, check_range, configure, lacks_memory,  # noqa: F401
-                          reason, run)
+from configurator import (RANGES, BadInput, answer_help, check_range, configure,  # noqa: F401
+                          enough_memory_for, lacks_memory, reason, run)
 
 FORMAT = "nanoLatentCoT 1"
 TINY = Path(__file__).parent / "config" / "tiny.py"  # the config file where none is named
@@ -162,7 +161,7 @@ def measure_roof(device, dtype: str = "") -> float:
     import torch
     n = 1024 if device.type == "cpu" else 8192
     a = torch.randn(n, n, device=device, dtype=precision(device, dtype))
-    return 2 * n**3 / min(timed(partial(torch.matmul, a, a), device) for _ in range(8))
+    return 2 * n**3 / min(timed(lambda: torch.matmul(a, a), device) for _ in range(8))
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
@@ -233,8 +232,7 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
     """path: a run's folder or a file → model (in eval mode), tokenizer, checkpoint (a dict).
 
     parts: whether to read a model that lies in parts beside the file (shard.py); if not, it is None.
-    Runs no code that the file may hold. Raises BadInput for a file that is missing, damaged, not ours or too
-    large for the memory that is there.
+    Runs no code that the file may hold. Raises BadInput for one that is missing, damaged, not ours, too large.
     """
     import torch
     from baselines import build
@@ -249,10 +247,9 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
                 raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no GPU holds moments
     except Exception as error:  # of any kind, as the bytes may be any
-        if lacks_memory(error):
-            raise BadInput(f"{path} does not fit into memory: {reason(error)}") from None
+        what = "does not fit into memory" if lacks_memory(error) else "is corrupt or no checkpoint"
         why = "it holds code" if "weights_only" in str(error) else reason(error)
-        raise BadInput(f"{path} is corrupt or no checkpoint: {why}") from None
+        raise BadInput(f"{path} {what}: {why}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise BadInput(f"{path} was not written by this project's train.py (format {FORMAT!r})")
     try:
@@ -278,7 +275,6 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
     except BadInput:
         raise
     except (RuntimeError, MemoryError, AttributeError, KeyError, TypeError, ValueError) as error:
-        if lacks_memory(error):
-            raise BadInput(f"{path} does not fit into the memory of {device}") from None
-        raise BadInput(f"{path} does not fit the model that it describes: {reason(error)}") from None
+        what = f"the memory of {device}" if lacks_memory(error) else "the model that it describes"
+        raise BadInput(f"{path} does not fit {what}: {reason(error)}") from None
     return model.eval(), tokenizer, checkpoint

@@ -17,6 +17,8 @@ import sys
 import textwrap
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _FIELDS = {  # range → fields of any script that must lie in it, each item of a list; None is always allowed
@@ -65,6 +67,17 @@ def lacks_memory(error: BaseException) -> bool:
     """Whether memory ran out: Python's, a GPU's, or the CPU's, of which PyTorch says so in words alone."""
     words = "out of memory", "can't allocate memory"
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+@contextmanager
+def enough_memory_for(what: str) -> Iterator[None]:
+    """Raises BadInput, too little memory for what, where it runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+        raise BadInput(f"too little memory for {what}") from None
 
 
 def run(main) -> None:

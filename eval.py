@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 import figures
 from analysis import analyze, draw, further_steps, print_tables
-from common import (BadInput, about, autocast, check_output, check_predictions, configure, lacks_memory,
-                    load_checkpoint, pick_device, run, turn, write_whole)
+from common import (BadInput, about, autocast, check_output, check_predictions, configure,
+                    enough_memory_for, load_checkpoint, pick_device, run, turn, write_whole)
 from costs import forward_flops
 from documents import encode, find_files, read_pieces
 from log import Cache, pad
@@ -368,13 +368,9 @@ def evaluate(config: Eval) -> None:
 
 def main() -> None:
     config = configure(Eval, positional=("run",))
-    try:
+    with enough_memory_for(f"--batch_size={config.batch_size}; give less"):
         with torch.no_grad(), autocast(pick_device(config.device), config.dtype):
             evaluate(config)
-    except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
-        raise BadInput(f"too little memory for --batch_size={config.batch_size}; give less") from None
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from baselines import build
-from common import (BadInput, about, autocast, configure, lacks_memory, load_checkpoint, measure_roof,
+from common import (BadInput, about, autocast, configure, enough_memory_for, load_checkpoint, measure_roof,
                     optional, pick_device, precision, run, save_checkpoint, write_whole)
 from costs import forward_flops, training_flops
 from fast import compile_training, compiles, fuse_norms
@@ -281,15 +281,10 @@ def train(config: Train) -> dict:
 def main() -> None:
     with ends_with_the_others():
         config = configure(Train, default=TINY)
-        try:
+        size = f"--micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
+        ways = "--checkpointing or, on several GPUs, --shard takes less and changes no number"
+        with enough_memory_for(f"{size}; a lower one, {ways}, also with --resume (but mor's balancing loss)"):
             train(config)
-        except (RuntimeError, MemoryError) as error:
-            if not lacks_memory(error):
-                raise
-            size = f"--micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
-            raise BadInput(f"too little memory for {size}; a lower one, --checkpointing or, on "
-                           "several GPUs, --shard takes less and changes no number, also with --resume (but "
-                           "mor's balancing loss)") from None
     if dist.is_initialized():  # not in train: DDP must be gone first, or its end waits for gloo's thread
         dist.destroy_process_group()
 
