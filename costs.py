@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import build
 from common import BadInput
-from fast import COMPILED_CHUNK
 from model import CHUNK, AdaptiveLatentCoT, Config, LLaMA
+
+COMPILED_CHUNK = 2**31  # logits at once where the loss is compiled (fast.py), which copies none in fp32
 
 
 def forward_flops(model: LLaMA, steps: Tensor, live: Tensor | None = None,
@@ -140,7 +141,9 @@ def costs(model: LLaMA, steps: Tensor) -> dict[str, float]:
         drawn.append(torch.stack(forward_flops(model, steps)))
     products, attention = (torch.stack(drawn).mean(0) / steps.numel()).tolist()
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
-    passes = (products / 2 - model.head.weight.numel()) / blocks
+    exits = isinstance(model, AdaptiveLatentCoT) and model.config.exit_loss > 0
+    heads = 1 + exits * float((steps + 1).mean())  # read in training: that of the loss, and of every exit's
+    passes = (products / 2 - heads * model.head.weight.numel()) / blocks
     training = training_flops(products, attention)
     return {"training": training, "prefill": prefill, "passes": passes, "decode": decode}
 
@@ -181,15 +184,19 @@ def memory(model: LLaMA, batch: int, world: int, checkpointing: bool, low: bool 
     outside = states * ((12 if low else 8) * d + 8 * d // config.n_head) + 4 * n * d  # norm, RoPE, mixture
     columns = K + 1 if checkpointing else (K + 1) * (K + 2) // 2  # each pass keeps the keys that it joined
     activations = L * states * (4 * d if checkpointing else kept)
+    whole = n * V <= CHUNK  # logits are not made in chunks
+    if config.exit_loss and whole:
+        outside += 4 * states * V
     if masks:
         outside += 4 * n * config.block_size * (K + 1) * (K + 2) // 2
-    logits = head * c * (n * V <= CHUNK)
+    logits = head * c * whole
     works = 3 * c * block + 4 * block * (1 + 1 / world)  # gathered, the next, gradient; its reduction in fp32
     works += 4 * V * d + logits + c * n * (3 * f + 2 * d)  # gradients of the head and inside a block
     if checkpointing:
         works += n * kept + c * n * kv * (K + 1)
     later = works + L * K * c * n * kv - activations / (K + 1)  # after one pass: gradients of older keys
-    loss = max((18 if low else 16) * head, 2 * c * min(n * V, COMPILED_CHUNK)) + 2 * c * block
+    compiled = 0 if config.exit_loss else 2 * c * min(n * V, COMPILED_CHUNK)
+    loss = max((18 if low else 16) * head, compiled) + 2 * c * block
     return {
         "weights": 4 * total / world, "gradients": 4 * total / world, "AdamW's moments": 8 * total / world,
         "gathered: embedding, head": 4 * (total - L * block) + c * V * d * low,

@@ -9,8 +9,6 @@ from functools import partial
 
 from common import BadInput, precision, reason
 
-COMPILED_CHUNK = 2**31  # logits at once of a compiled loss, which makes no copy of them in fp32
-
 def compiles(wanted: bool | None, device) -> bool:
     """What a --compile flag means on a device; None: on CUDA only. Raises BadInput where nothing compiles."""
     from log import broken_compiler
@@ -26,11 +24,14 @@ def compiles(wanted: bool | None, device) -> bool:
 def compile_training(model) -> None:
     """Compiles what a block does before and after its attention, for any number of tokens, and the loss."""
     import torch
+    from costs import COMPILED_CHUNK
+    if "nats_of" in vars(model):
+        return  # that has been done
     for block in model.blocks:
         block.before = torch.compile(block.before, dynamic=True)
         block.after = torch.compile(block.after, dynamic=True)
     model.nats_of = torch.compile(model.nats_of)
-    if model.embed.weight.is_cuda:
+    if model.embed.weight.is_cuda and not model.config.exit_loss:  # or each exit would keep so many
         model.chunk = COMPILED_CHUNK
 
 
@@ -112,9 +113,7 @@ class Ticks:
         self.plain = model.one_pass
         torch._dynamo.config.recompile_limit = 64  # one row or several, all layers or some
         self.run = self.blocks
-        if model.embed.weight.is_cuda:
-            compile_training(model)
-        else:
+        if not model.embed.weight.is_cuda:
             self.run = torch.compile(self.blocks, dynamic=True, **options)
         self.tapes: list[Tape] = []
 
@@ -199,6 +198,8 @@ class Tape:
 
 
 def compile_ticks(model, **options) -> None:
-    """Compiles the decoding of one token a row; the first tick waits for it. options: those of torch.compile.
-    """
+    """Compiles the decoding of one token a row; the first tick waits for it. options: those of torch.compile,
+    on a CPU."""
+    if model.embed.weight.is_cuda:
+        compile_training(model)
     model.one_pass = Ticks(model, **options)

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import check_range
 from log import Cache, Log, States, attend, make_mask, pad, rope_table, rotate, spread
 
-CHUNK = 2**27  # logits that are in memory at once where a loss is wanted: half a gigabyte in fp32
+CHUNK = 2**27  # logits that are kept, or made at once where a loss is wanted: half a gigabyte in fp32
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Config:
 class Output:
     """What a forward returns; steps, reach and expected_steps are 0 where no token is."""
 
-    logits: Tensor | None  # (B, T, V); None: too many to keep, the loss was taken chunk by chunk
+    logits: Tensor | None  # (B, T, V); None: too many to keep beside the loss
     loss: Tensor | None  # ce + λ · ada, and ε · the loss of every exit (§4)
     ce: Tensor | None  # mean cross-entropy, nats per token
     ada: Tensor | None  # mean of q^β · Σ_k r[t,k] (§4)

@@ -97,6 +97,14 @@ def test_passes_and_ponder2s_rounds():
         assert costs(model, made_up_steps(model.config, 2, T, 0))["passes"] == pytest.approx(passes)
 
 
+def test_the_loss_of_every_exit_costs_flops_but_no_pass():
+    model = make(Config(exit_loss=0.5, **SHAPE), "meta")
+    plain = make(Config(**SHAPE), "meta")
+    steps = made_up_steps(model.config, 2, T, 1.5)
+    own, others = costs(model, steps), costs(plain, steps)
+    assert own["training"] > others["training"] and own["passes"] == pytest.approx(others["passes"])
+
+
 def test_bytes_that_decoding_reads():
     """Weights once a pass, keys and values of what is visible; pause's tokens share a pass."""
     def read(method, steps):

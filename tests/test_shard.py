@@ -300,6 +300,8 @@ class Peak(TorchDispatchMode):
     (True, False, dict(n_embd=64, n_ff=64, max_latent=6)),
     (False, True, dict(n_embd=64, n_ff=172)),
     (True, True, dict(n_embd=128, n_ff=344, n_kv_head=2, vocab_size=2000)),
+    (False, False, dict(n_embd=64, n_ff=172, vocab_size=2000, exit_loss=1.0)),
+    (False, True, dict(n_embd=64, n_ff=172, vocab_size=2000, exit_loss=1.0)),
 ])
 def test_memory_is_the_formula(alone, checkpointing, low, shape):
     """Within 10 %: the second micro-batch of a step, in the share of one process that holds all."""
