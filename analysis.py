@@ -155,7 +155,7 @@ def draw(found: dict, title: str):
     names = [name for name in TITLES if found.get(name) and name not in ("longest", "shortest")]
     matplotlib = optional("matplotlib.figure", "--plot")
     figure = matplotlib.Figure(figsize=(4.5 * len(names), 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title.replace("$", r"\$"))  # or matplotlib would read a formula
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names):
         rows = found[name]
         if name == "sweep":

@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from baselines import METHODS
-from common import (BadInput, about, autocast, check_output, configure, load_checkpoint, measure_roof,
-                    pick_device, precision, run, table, timed, write_whole)
+from common import (BadInput, about, autocast, check_output, configure, enough_memory, load_checkpoint,
+                    measure_roof, pick_device, precision, run, table, timed, write_whole)
 from costs import (bytes_read, costs, counted, fitting, forward_flops, going_on, made_up_steps, make, memory,
                    training_flops)
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
@@ -106,7 +106,8 @@ def bench_flops(bench: Bench) -> tuple[str, dict]:
         steps = made_up_steps(config, B, T, bench.mean_latent)
         record = {}
         if small:
-            executed = make(config, "cpu", bench.mean_latent).eval()
+            executed = make(config, "cpu", bench.mean_latent)
+            executed.train(config.exit_loss > 0 and name == "adaptive")  # else ponder2 would draw its rounds
             total, steps = counted(executed, *torch.randint(0, config.vocab_size, (2, B, T)))
             equal = total == float(training_flops(*forward_flops(executed, steps)))
             record = {"counted": total / B / T, "counted_equals_formula": equal}
@@ -172,6 +173,7 @@ class Contestant:
             fuse_norms(self.model)  # as train.py does
         if not twin and compiled:
             compile_training(self.model)
+            compile_training(self.decoder)
             compile_ticks(self.decoder)
             torch._dynamo.config.recompile_limit = 1024  # contestants share code, but not their graphs
             torch._dynamo.config.accumulated_recompile_limit = 1024
@@ -319,9 +321,7 @@ def bench_growth(bench: Bench) -> tuple[str, dict]:
     plan = {f"context {c}": replace(base, block_size=c) for c in bench.contexts}
     plan |= {f"context {c}, vanilla": replace(base, block_size=c, method="vanilla") for c in bench.contexts}
     plan |= {f"ℓ_max {k}": replace(base, max_latent=k) for k in (0, 1, 2, 3, 4, 6, 8)}
-    contestants = {}
-    for name, config in plan.items():
-        contestants[name] = Contestant(bench, config, min(1, config.max_latent), 1)
+    contestants = {name: Contestant(bench, each, min(1, each.max_latent), 1) for name, each in plan.items()}
     for _ in alternate(list(contestants.values()), bench.rounds, measure_growth):
         pass
     micro = {}
@@ -335,10 +335,8 @@ def bench_growth(bench: Bench) -> tuple[str, dict]:
     print("Microseconds per token at a mean of one latent step:")
     columns = ["prefill", "decode", "vanilla: prefill", "decode", "ratio: prefill", "decode"]
     print(table(["context", *columns], rows))
-    rows = []
-    for name in plan:
-        if name.startswith("ℓ_max"):
-            rows.append([name.split()[1], *(f"{time:,.0f}" for time in micro[name].values())])
+    rows = [[name.split()[1], *(f"{time:,.0f}" for time in micro[name].values())]
+            for name in plan if name.startswith("ℓ_max")]
     print("\n" + table(["ℓ_max", "prefill", "decode"], rows))
     name = f"growth-{contestant.device.type}-{bench.n_layer}x{bench.n_embd}.json"
     return name, {"microseconds_per_token": micro}
@@ -372,7 +370,8 @@ def main() -> None:
     bench = configure(Bench, positional=("what",), default=TINY, also="train.py")
     machine = about()
     check_output(Path(bench.results) / "flops.json", "--results", make=True)
-    name, record = BENCHES[bench.what](bench)
+    with enough_memory(f"give less than --batch={bench.batch}, or a smaller shape"):
+        name, record = BENCHES[bench.what](bench)
     write_whole(Path(bench.results) / name, json.dumps(machine | record, indent=1, allow_nan=False) + "\n")
 
 

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from configurator import (RANGES, BadInput, answer_help, check_range, configure,  # noqa: F401
-                          enough_memory_for, lacks_memory, reason, run)
+                          enough_memory, reason, run, unusable)
 
 FORMAT = "nanoLatentCoT 1"
 TINY = Path(__file__).parent / "config" / "tiny.py"  # the config file where none is named
@@ -232,7 +232,7 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
     """path: a run's folder or a file → model (in eval mode), tokenizer, checkpoint (a dict).
 
     parts: whether to read a model that lies in parts beside the file (shard.py); if not, it is None.
-    Runs no code that the file may hold. Raises BadInput for one that is missing, damaged, not ours, too large.
+    Runs no code that the file may hold. Raises BadInput for one that is missing, damaged or not ours.
     """
     import torch
     from baselines import build
@@ -247,9 +247,8 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
                 raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no GPU holds moments
     except Exception as error:  # of any kind, as the bytes may be any
-        what = "does not fit into memory" if lacks_memory(error) else "is corrupt or no checkpoint"
         why = "it holds code" if "weights_only" in str(error) else reason(error)
-        raise BadInput(f"{path} {what}: {why}") from None
+        raise BadInput(f"{path} {unusable(error, 'is corrupt or no checkpoint')}: {why}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise BadInput(f"{path} was not written by this project's train.py (format {FORMAT!r})")
     try:
@@ -275,6 +274,6 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
     except BadInput:
         raise
     except (RuntimeError, MemoryError, AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"the memory of {device}" if lacks_memory(error) else "the model that it describes"
-        raise BadInput(f"{path} does not fit {what}: {reason(error)}") from None
+        what = unusable(error, "does not fit the model that it describes")
+        raise BadInput(f"{path} {what}: {reason(error)}") from None
     return model.eval(), tokenizer, checkpoint

@@ -30,10 +30,10 @@ from pathlib import Path
 import torch
 
 import figures
-from baselines import METHODS
+from baselines import METHODS, build
 from common import BadInput, about, check_output, configure, optional, run, table, write_whole
 from prepare import Data
-from schedule import Recipe
+from schedule import OF_ADAPTIVE, Recipe
 
 TRAIN = Path(__file__).with_name("train.py")
 DIVERGED = 3  # train.py's exit code where a loss or a gradient is not finite
@@ -62,18 +62,20 @@ class Compare(Recipe):
     results: str = "results"  # folder for the JSON
 
     def __post_init__(self) -> None:
-        self.model_config(self.vocab_size or 1)  # its checks
         if self.method != "adaptive":
             raise ValueError(f"--method={self.method} is not read here; name the methods with --methods")
         self.methods = self.methods or list(KINDS)
-        parts = "rates", "tokens", "flops", "pareto", "lengths"
-        for name, known in (("methods", KINDS), ("parts", parts)):
+        for name, known in (("methods", KINDS), ("parts", ("rates", "tokens", "flops", "pareto", "lengths"))):
             for value in getattr(self, name):
                 if value not in known:
                     raise ValueError(f"--{name} holds {value!r}, but must hold some of {', '.join(known)}")
         for budget in (self.budget or 0, *self.budgets) if "adaptive" in self.methods else ():
             if budget > self.max_latent > 0:
                 raise ValueError(f"budget {budget:g} does not lie between 0 and max_latent {self.max_latent}")
+        shape = self.model_config(self.vocab_size or 1)
+        for run in (plain_run(who, self) for who in self.methods):  # each must be possible
+            with torch.device("meta"):
+                build(replace(shape, method=run.method, max_latent=run.max_latent))
         self.budgets = self.budgets or [b for b in (0.5, 1.0, 1.5, 2.0) if b <= self.max_latent]
         self.ks = self.ks or list(range(1, self.max_latent + 1))
         self.lengths = self.lengths or [max(1, self.max_steps // 2), self.max_steps]
@@ -185,20 +187,19 @@ class Runs:
         missing = [run for run in wanted if run not in self.finished]
         if not missing:
             return
-        settings = self.settings
-        fingerprint = Data(settings.data, settings.block_size, settings.train_tokens).fingerprint
-        if self.finished and self.fingerprint != fingerprint:
+        data = Data(self.settings.data, self.settings.block_size, self.settings.train_tokens)
+        if self.finished and self.fingerprint != data.fingerprint:
             raise BadInput(f"{self.path} holds runs on other data: choose another --results")
-        self.fingerprint = fingerprint
+        self.fingerprint = data.fingerprint
         check_output(self.folder / "log.jsonl", "--out", make=True)
-        with ThreadPoolExecutor(settings.jobs) as pool:
+        with ThreadPoolExecutor(self.settings.jobs) as pool:
             results = {pool.submit(self.train, run): run for run in missing}
             try:
                 for count, ended in enumerate(as_completed(results), 1):
                     run = results[ended]
                     self.finished[run] = self.about | ended.result() | asdict(run)
                     runs = list(self.finished.values())
-                    content = {"settings": self.common, "fingerprint": fingerprint, "runs": runs}
+                    content = {"settings": self.common, "fingerprint": self.fingerprint, "runs": runs}
                     write_whole(self.path, json.dumps(content, indent=1, allow_nan=False) + "\n")
                     done = f"{count} of {len(missing)}: {self.name(run, seed=True)}"
                     print(f"{done}: validation loss {self.mean(run, 1, 'val_loss')}", flush=True)
@@ -212,6 +213,7 @@ class Runs:
         out = self.folder / run.folder
         often = max(1, run.max_steps // 10)
         values = {name: getattr(self.settings, name) for name in TRAINED} | asdict(run)
+        values |= {name: type(values[name])() for name in OF_ADAPTIVE if run.method != "adaptive"}  # off
         values |= {"out": out, "eval_every": often, "save_every": often, "resume": (out / "ckpt.pt").exists()}
         scaling = [str(number) for number in values.pop("rope_scaling")]  # the one list
         flags = [f"--{name}={value}" for name, value in values.items() if value != ""]
@@ -291,9 +293,7 @@ def main() -> None:
         runs.show("Loss against the length of the training:", wanted, seeds)
 
     if settings.plot:
-        figure = figures.loss_against_flops(figures.lines_of(runs.finished))
-        for suffix in (".svg", ".png"):
-            figures.save(figure, runs.path.with_suffix(suffix))
+        figures.save_comparison(runs.finished, runs.path)
 
 
 if __name__ == "__main__":

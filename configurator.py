@@ -64,20 +64,25 @@ def reason(error: BaseException) -> str:
 
 
 def lacks_memory(error: BaseException) -> bool:
-    """Whether memory ran out: Python's, a GPU's, or the CPU's, of which PyTorch says so in words alone."""
-    words = "out of memory", "can't allocate memory"
+    """Whether memory ran out: a GPU's, the system's, or PyTorch's, of which it says so in words alone."""
+    words = "out of memory", "allocate memory", "not enough memory"
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
+def unusable(error: BaseException, otherwise: str) -> str:
+    """What is wrong with a file that could not be taken in: not always the file."""
+    return "does not fit into memory" if lacks_memory(error) else otherwise
+
+
 @contextmanager
-def enough_memory_for(what: str) -> Iterator[None]:
-    """Raises BadInput, too little memory for what, where it runs out."""
+def enough_memory(advice: str = "") -> Iterator[None]:
+    """Raises BadInput, with the advice, where memory runs out."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, OSError, MemoryError) as error:
         if not lacks_memory(error):
             raise
-        raise BadInput(f"too little memory for {what}") from None
+        raise BadInput(f"too little memory: {advice or reason(error)}") from None
 
 
 def run(main) -> None:
@@ -89,7 +94,8 @@ def run(main) -> None:
             stream.reconfigure(errors="replace")
     script = Path(sys.argv[0]).name
     try:
-        main()
+        with enough_memory():
+            main()
     except BadInput as error:
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -99,11 +105,6 @@ def run(main) -> None:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         sys.exit(1)
-    except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
-        print(f"{script}: too little memory: {reason(error)}", file=sys.stderr)
-        sys.exit(2)
 
 
 def check_range(name: str, value, where: str) -> None:

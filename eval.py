@@ -35,7 +35,7 @@ from tqdm import tqdm
 import figures
 from analysis import analyze, draw, further_steps, print_tables
 from common import (BadInput, about, autocast, check_output, check_predictions, configure,
-                    enough_memory_for, load_checkpoint, pick_device, run, turn, write_whole)
+                    enough_memory, load_checkpoint, pick_device, run, turn, write_whole)
 from costs import forward_flops
 from documents import encode, find_files, read_pieces
 from log import Cache, pad
@@ -75,6 +75,8 @@ class Eval:
     def __post_init__(self) -> None:
         if self.plot and not (self.analyze or self.sweep):
             raise ValueError("--plot wants --analyze or --sweep beside it")
+        if not self.tasks and (self.num_fewshot != [0] or self.limit is not None or self.include_path):
+            raise ValueError("--num_fewshot, --limit and --include_path want --tasks beside them")
         self.tasks = [name for word in self.tasks for name in word.split(",") if name]
 
 
@@ -128,9 +130,9 @@ def read_parts(paths: list[str], tokenizer, key: str, separator: str) -> Iterato
 
 def read_bin(path: Path, tokenizer) -> np.ndarray:
     """A train.bin or val.bin of prepare.py, as a memory map. Raises BadInput for another tokenizer's."""
+    if path.stem not in ("train", "val") or not path.is_file():
+        raise BadInput(f"{path} is not a train.bin or val.bin of prepare.py, or does not exist")
     data = Data(str(path.parent), block_size=1)
-    if path.stem not in data.tokens or not path.is_file():
-        raise BadInput(f"{path} is not a train.bin or val.bin of prepare.py")
     theirs = data.tokenizer
     if describe(theirs) != describe(tokenizer):
         raise BadInput(f"{path} was made with another tokenizer ({theirs.name}, vocabulary {theirs.n_vocab}) "
@@ -358,17 +360,17 @@ def evaluate(config: Eval) -> None:
         if config.html:
             beginning = explain(model, tokenizer, ids[:2000].tolist())
             write_whole(config.html, html_page(title, model, tokenizer, [beginning]))
-    if config.plot:
-        figures.save(draw(found, title), config.plot)
     if config.json:
         write_whole(config.json, json.dumps(found | about(), indent=1, ensure_ascii=False) + "\n")
     for path in filter(None, (config.html, config.json)):
         print(f"written: {path}")
+    if config.plot:
+        figures.save(draw(found, title), config.plot)
 
 
 def main() -> None:
     config = configure(Eval, positional=("run",))
-    with enough_memory_for(f"--batch_size={config.batch_size}; give less"):
+    with enough_memory(f"give less than --batch_size={config.batch_size}, or a shorter --text"):
         with torch.no_grad(), autocast(pick_device(config.device), config.dtype):
             evaluate(config)
 

@@ -42,9 +42,12 @@ def read_log(name: str) -> list[dict]:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not whole
         steps = [row["step"] for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        trained = any("flops" in row for row in rows)
+        if trained:
+            curves(rows)  # which fails where a row lacks what it should have
+    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
         raise BadInput(f"{path} is not the log.jsonl of a run of train.py: {reason(error)}") from None
-    if not any("flops" in row for row in rows) or steps != sorted(steps):
+    if not trained or steps != sorted(steps):
         raise BadInput(f"{path} holds no step of training yet")
     return rows
 
@@ -82,7 +85,8 @@ def draw_curves(runs: list[str]):
         lines = curves(read_log(name))
         for axis, panel in zip(axes, panels):
             style = ".-" if panel.startswith("loss") else "-"
-            axis.plot(*xy(lines[panel]), style, color=f"C{i}", linewidth=1.2, label=name)
+            label = name.replace("$", r"\$")  # or matplotlib would read a formula
+            axis.plot(*xy(lines[panel]), style, color=f"C{i}", linewidth=1.2, label=label)
         axes[2].plot(*xy(lines["val_steps"]), "o", color=f"C{i}", markersize=4)
         axes[3].plot(*xy(lines["lam"]), ":", color=f"C{i}")
     for axis, (name, label) in zip(axes, panels.items()):
@@ -165,7 +169,7 @@ def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def check_figure(path: str, flag: str) -> None:
     """Raises BadInput, which names flag, where no figure can be drawn and written at path."""
-    if not path.endswith(KINDS):
+    if Path(path).suffix not in KINDS:
         raise BadInput(f"{flag}={path}: want a name in {', '.join(KINDS)}")
     check_output(path, flag)
     optional("matplotlib.figure", flag)
@@ -176,6 +180,13 @@ def save(figure, path: str | Path) -> None:
     with whole(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:], dpi=150)
     print(f"written: {path}")
+
+
+def save_comparison(finished: dict, path: Path) -> None:
+    """Loss against FLOPs of the runs of compare.py, as SVG and PNG beside their results file."""
+    figure = loss_against_flops(lines_of(finished))
+    for suffix in (".svg", ".png"):
+        save(figure, path.with_suffix(suffix))
 
 
 def main(argv: list[str] | None = None) -> None:

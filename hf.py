@@ -25,7 +25,7 @@ from torch import Tensor
 
 from baselines import build
 from common import (BadInput, check_no_run, configure, load_checkpoint, optional, reason, run,
-                    save_checkpoint)
+                    save_checkpoint, unusable)
 from model import Config, LLaMA
 from tokenizer import END, from_json, to_json
 
@@ -49,6 +49,8 @@ class HF:
     def __post_init__(self) -> None:
         if self.what not in ("import", "export") or not self.source or not self.target:
             raise ValueError("want: hf.py import FOLDER out/NAME, or hf.py export out/NAME FOLDER")
+        if self.what == "export" and self.block_size is not None:
+            raise ValueError(f"--block_size={self.block_size} is of an import: a model is exported as it is")
 
 
 def theirs(name: str) -> str:
@@ -143,7 +145,8 @@ def open_weights(folder: Path) -> dict:
         try:
             opened = safe_open(file, framework="pt")
         except Exception as error:  # safetensors has its own, of no common class
-            raise BadInput(f"{file} is damaged, or no .safetensors: {reason(error)}") from None
+            what = unusable(error, "is damaged, or no .safetensors")
+            raise BadInput(f"{file} {what}: {reason(error)}") from None
         where |= {name: opened for name in opened.keys()}
     return where
 

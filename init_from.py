@@ -37,7 +37,7 @@ def take_shape(config, source: Config):
     """
     shape = {name: getattr(source, name) for name in (*SHAPE, "embed_scale")}
     unset = Config()
-    unused = [f"{name} {getattr(config, name)}" for name in SHAPE
+    unused = [f"{name} {getattr(config, name)}" for name in shape
               if getattr(config, name) not in (shape[name], getattr(unset, name), 0)]
     if unused and not config.resume:
         say(f"the shape is that of {config.init_from}; set otherwise, and not used: {', '.join(unused)}")

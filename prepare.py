@@ -33,7 +33,7 @@ import tiktoken
 from tqdm import tqdm
 
 from bpe import train_bpe
-from common import BadInput, configure, reason, run
+from common import BadInput, configure, reason, run, unusable
 from documents import (  # noqa: F401
     RECORDS, Hashes, Piece, encode, find_files, kind, read_documents, read_pieces, standard_library,
     validates)
@@ -291,9 +291,12 @@ class Data:
             ranks = (self.folder / "ranks.tiktoken").read_bytes()
             self.tokenizer = restore_tokenizer(self.meta["tokenizer"], ranks)
             self.tokens = {split: self._open(split) for split in ("train", "val")}
+            self.document = self.meta.get("document", 1)
+            if type(self.document) is not int or self.document < 1:
+                raise ValueError(f"document is {self.document!r}, but must be a number of tokens")
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-            what = f"{type(error).__name__}: {error}"
-            raise BadInput(f"{folder} is damaged, or not a folder of prepare.py ({what})") from None
+            what = unusable(error, "is damaged, or not a folder of prepare.py")
+            raise BadInput(f"{folder} {what} ({type(error).__name__}: {error})") from None
         if train_tokens > len(self.tokens["train"]):
             raise BadInput(f"{folder}/train.bin has {len(self.tokens['train'])} tokens, fewer than "
                            f"--train_tokens={train_tokens}")
@@ -303,7 +306,6 @@ class Data:
             if len(tokens) <= block_size:
                 raise BadInput(f"{folder}/{split}.bin has {len(tokens)} tokens, a window {block_size + 1}: a "
                                "lower --block_size, or prepare.py with another --val_fraction or more text")
-        self.document = self.meta.get("document", 1)
         known = {name: value for name, value in self.meta.items() if name not in ("settings", "inputs")}
         self.fingerprint = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from model import AdaptiveLatentCoT, Config, LLaMA
 
+OF_ADAPTIVE = "explore", "exit_loss", "weigh_values"  # settings that nothing else reads, off by default
+
 
 @dataclass
 class Recipe(Config):

@@ -35,7 +35,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common import (BadInput, check_output, check_tensor, configure, load_checkpoint, reason, run,
-                    save_checkpoint)
+                    save_checkpoint, unusable)
 from model import LLaMA
 
 WHOLE = 2**35  # bytes of a checkpoint that is still one file: 2.8B parameters with their moments
@@ -200,7 +200,8 @@ def load_parts(folder: Path, tensors: dict[str, Tensor], together: bool) -> None
             reader.read_metadata()  # dcp.load would look elsewhere after a failure, and say so
             dcp.load(tensors, storage_reader=reader, no_dist=not together)
     except (Exception, dcp.CheckpointException) as error:  # of any kind, as the bytes may be any
-        raise BadInput(f"{folder} is corrupt, or parts of it are missing: {first_reason(error)}") from None
+        what = unusable(error, "is corrupt, or parts of it are missing")
+        raise BadInput(f"{folder} {what}: {first_reason(error)}") from None
     for name, tensor in tensors.items():
         check_tensor(f"{folder}: {name}", local(tensor), local(tensor))
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from baselines import build
-from common import (BadInput, about, autocast, configure, enough_memory_for, load_checkpoint, measure_roof,
+from common import (BadInput, about, autocast, configure, enough_memory, load_checkpoint, measure_roof,
                     optional, pick_device, precision, run, save_checkpoint, write_whole)
 from costs import forward_flops, training_flops
 from fast import compile_training, compiles, fuse_norms
@@ -40,8 +40,8 @@ from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
                   log_state, restore, say, say_stopped, waiting, write_log)
-from schedule import (BudgetController, Recipe, budget_at, exploration, learning_rate, make_optimizer,
-                      router_rate, seed_of)
+from schedule import (OF_ADAPTIVE, BudgetController, Recipe, budget_at, exploration, learning_rate,
+                      make_optimizer, router_rate, seed_of)
 from shard import save_shared
 
 
@@ -62,6 +62,10 @@ class Train(Recipe):
         if self.max_latent == 0 or self.method != "adaptive":
             self.budget = None  # nothing to steer
             self.lam = 0.0
+            for name in OF_ADAPTIVE:
+                if getattr(self, name):
+                    raise ValueError(f"--{name}={getattr(self, name)} turns nothing where no router decides: "
+                                     "it wants --method=adaptive and a max_latent of 1 or more")
         if self.budget is not None and not 0 <= self.budget <= self.max_latent:
             raise ValueError(f"budget is {self.budget}, but must lie in [0, max_latent {self.max_latent}]")
 
@@ -281,9 +285,9 @@ def train(config: Train) -> dict:
 def main() -> None:
     with ends_with_the_others():
         config = configure(Train, default=TINY)
-        size = f"--micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
-        ways = "--checkpointing or, on several GPUs, --shard takes less and changes no number"
-        with enough_memory_for(f"{size}; a lower one, {ways}, also with --resume (but mor's balancing loss)"):
+        size = f"less than --micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
+        ways = f"{size}, --checkpointing or, on several GPUs, --shard takes less and changes no number, also"
+        with enough_memory(f"{ways} with --resume (but mor's balancing loss); else a smaller model"):
             train(config)
     if dist.is_initialized():  # not in train: DDP must be gone first, or its end waits for gloo's thread
         dist.destroy_process_group()

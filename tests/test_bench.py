@@ -39,6 +39,10 @@ def test_flops(measured, tmp_path):
     assert "NO" not in out and result["context"] == 32 and result["mean_latent"] == 1 and "commit" in result
     assert methods["loop"]["passes"] == pytest.approx(4)
     assert methods["adaptive"]["passes"] == pytest.approx(2, abs=0.1)
+    measured("flops", "--mean_latent=1", "--batch=4", "--methods", "adaptive", "vanilla", "--exit_loss=0.5")
+    exits = written(tmp_path, "flops-3x16.json")["methods"]
+    assert all(r["counted_equals_formula"] and r["counted"] == r["training"] for r in exits.values())
+    assert exits["adaptive"]["counted"] > methods["adaptive"]["counted"]
     for r in methods.values():
         assert r["estimate"] == pytest.approx(6 * r["parameters"] * r["passes"])
         assert r["prefill"] >= r["decode"] > 0

@@ -1,5 +1,6 @@
 """What all scripts share: files that stay whole, devices, checkpoints that are checked."""
 
+import errno
 import io
 import os
 from dataclasses import asdict
@@ -10,7 +11,7 @@ import torch
 
 from common import (
     BadInput, about, autocast, check_output, check_tensor, load_checkpoint, measure_roof, optional,
-    pick_device, precision, run, save_checkpoint, table, timed, turn, write_whole)
+    pick_device, precision, run, save_checkpoint, table, timed, turn, unusable, write_whole)
 from conftest import uneven
 from tokenizer import get_tokenizer
 
@@ -235,6 +236,16 @@ def test_a_model_that_memory_cannot_hold_is_not_called_corrupt(full, saved, monk
         with monkeypatch.context() as patch, pytest.raises(BadInput, match="does not fit .*memory"):
             patch.setattr(where, name, full)
             load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:79] data. DefaultCPUAllocator: not enough memory: you tried")
+])
+def test_every_system_says_in_its_own_words_that_memory_ran_out(error):
+    assert "memory" in unusable(error, "is damaged")
+    assert unusable(RuntimeError("another"), "is damaged") == "is damaged"
 
 
 @pytest.mark.parametrize("full", [gpu_is_full, cpu_is_full])

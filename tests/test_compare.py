@@ -251,6 +251,11 @@ def test_what_is_in_results_reads_as_ever(call, tmp_path, monkeypatch):
     assert list(compare.Runs(settings).finished.values()) == runs, "each is another run"
 
 
+def test_a_method_that_cannot_be_built_is_refused_before_any_is_trained(compared, tmp_path):
+    assert "mor needs" in compared("--methods", "vanilla", "mor", "--parts", "tokens", "--n_layer=2", code=2)
+    assert not (tmp_path / "results").exists()
+
+
 def test_jobs_share_the_cores(compared, tmp_path, monkeypatch):
     monkeypatch.setattr(compare.torch, "get_num_threads", lambda: 7)
     (tmp_path / "stub" / "wait").write_text("")

@@ -44,6 +44,7 @@ def test_curves_are_those_of_the_log(run):
 @pytest.mark.parametrize("kind,magic", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 def test_the_command_draws_any_runs(kind, magic, run, call, tmp_path):
     file = tmp_path / f"curves.{kind}"
+    run = run.rename(tmp_path / "a$x_$b")  # which is no formula
     out, _ = call("compare", "plot", run, run / "log.jsonl", f"--file={file}")
     assert file.read_bytes().startswith(magic) and out == f"written: {file}\n"
 
@@ -92,12 +93,17 @@ def test_a_method_gives_the_curves_of_all_its_kinds_for_each_text():
     (["{tmp}/nowhere"], "nowhere"),
     (["{tmp}/broken.jsonl"], "broken.jsonl"),
     (["{tmp}/empty.jsonl"], "no step of training"),
+    (["{tmp}/before.jsonl"], "before.jsonl is not the log.jsonl"),
+    (["{tmp}/lacks.jsonl"], "lacks.jsonl is not the log.jsonl"),
     (["{tmp}/run", "--file={tmp}/a.gif"], ".png"),
     (["{tmp}/run", "--file={tmp}/no/a.png"], "--file"),
 ])
 def test_wrong_input(words, wanted, run, call, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"step": 1}\nnonsense\n')
     (tmp_path / "empty.jsonl").write_text("")
+    zero, step = '{"step": 0, "flops": 0, "tokens": 0}\n', '{"step": 1, "flops": 1}\n'
+    (tmp_path / "before.jsonl").write_text(zero + '{"step": 0, "val_loss": 1, "val_steps": 0}\n')
+    (tmp_path / "lacks.jsonl").write_text(step + '{"step": 1, "val_loss": 1, "val_steps": 0}\n')
     before = sorted(tmp_path.rglob("*"))
     assert wanted in call("compare", "plot", *(word.format(tmp=tmp_path) for word in words), code=2)[1]
     assert sorted(tmp_path.rglob("*")) == before

@@ -219,6 +219,8 @@ def test_nothing_is_written_over(smollm, tmp_path, call):
     assert "run holds a run already" in err and (tmp_path / "run" / "ckpt.pt").read_bytes() == before
     _, err = call("hf", "export", tmp_path / "run", smollm, code=2)
     assert "exists already" in err
+    _, err = call("hf", "export", tmp_path / "run", tmp_path / "new", "--block_size=7", code=2)
+    assert "--block_size=7" in err and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("method", ["adaptive", "loop", "pause", "ponder", "ponder2", "mor"])

@@ -155,7 +155,8 @@ def die(monkeypatch, moment):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_resumes(method, data, tmp_path, monkeypatch):
     """Bit for bit: a run that was cut in two by a resume has all that one has which was not."""
-    settings = SMALL | dict(method=method, n_layer=3, data=str(data), budget=1.0, explore=2.0)
+    explore = 2.0 if method == "adaptive" else 0.0
+    settings = SMALL | dict(method=method, n_layer=3, data=str(data), budget=1.0, explore=explore)
     train(Train(out=str(tmp_path / "whole"), **settings))
     with monkeypatch.context() as patch:
         original = torch.optim.AdamW.step
@@ -595,6 +596,8 @@ def refused(call):
     (["--tau=1.5"], ["tau", "[0, 1]"]),
     (["--method=vanila"], ["vanila", "vanilla"]),
     (["--method=mor"], ["mor", "n_layer"]),
+    (["--method=loop", "--explore=2"], ["--explore=2.0", "--method=adaptive"]),
+    (["--max_latent=0", "--weigh_values"], ["--weigh_values=True", "max_latent"]),
     (["--global_batch_size=4", "--micro_batch_size=3"], ["micro_batch_size", "divide"]),
     (["--block_size=100000"], ["window", "block_size"]),
     (["--vocab_size=100"], ["vocab_size", "257"]),
@@ -648,6 +651,7 @@ def cut(path, end):
     (lambda f: cut(f / "ranks.tiktoken", -20), ["ranks", "prepare.py"]),
     (lambda f: write_meta(f, lambda m: m["tokenizer"].update(sha256="0")), ["sha256"]),
     (lambda f: write_meta(f, lambda m: m.update(dtype="float16")), ["float16", "uint16"]),
+    (lambda f: write_meta(f, lambda m: m.update(document="58")), ["document", "'58'"]),
     (lambda f: (f / "train.bin").write_bytes(b"\xff" * len((f / "train.bin").read_bytes())), ["65535"]),
 ])
 def test_damaged_data(change, words, data, tmp_path, refused):
