@@ -9,6 +9,7 @@ from functools import partial
 
 from common import BadInput, precision, reason
 
+
 def compiles(wanted: bool | None, device) -> bool:
     """What a --compile flag means on a device; None: on CUDA only. Raises BadInput where nothing compiles."""
     from log import broken_compiler
@@ -102,9 +103,9 @@ class Ticks:
     """A tick's pass over all layers as one compiled graph for all columns; on CUDA, as a CUDA graph.
 
     Everything else goes to the model's own `one_pass`. On CUDA only the parts of a block are compiled, once
-    for all layers: a graph costs no launches. CUDA graphs are recorded for each number of rows and
-    each capacity, over buffers of their own: a log moves into them when it comes for the first time, and they
-    are used again when it has gone. A few that nobody uses are kept.
+    for all layers, as the launches of a graph cost nothing. CUDA graphs are recorded for each number of rows
+    and each capacity, over buffers of their own: a log moves into them when it comes for the first time, and
+    they are used again when it has gone. A few that nobody uses are kept.
     """
 
     def __init__(self, model, **options) -> None:
@@ -199,7 +200,8 @@ class Tape:
 
 def compile_ticks(model, **options) -> None:
     """Compiles the decoding of one token a row; the first tick waits for it. options: those of torch.compile,
-    on a CPU."""
+    on a CPU.
+    """
     if model.embed.weight.is_cuda:
         compile_training(model)
     model.one_pass = Ticks(model, **options)
