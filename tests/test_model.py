@@ -317,7 +317,8 @@ def test_a_loss_in_chunks_is_the_loss(monkeypatch):
     whole.loss.backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     monkeypatch.setattr(model_module, "CHUNK", 17 * 61)  # of 120 tokens: too many to keep
-    for model.chunk in (17 * 61, model.chunk):  # seven chunks of 17, and one; or all at once
+    for chunk in (17 * 61, 2**27):  # seven chunks of 17, and one; or all at once
+        model.chunk = chunk
         model.zero_grad()
         chunked = model(idx, targets)
         chunked.loss.backward()

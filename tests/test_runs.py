@@ -21,7 +21,7 @@ from common import BadInput, load_checkpoint
 from conftest import flat
 from runs import cut_log, lock, log_state, write_log
 from test_train import (  # noqa: F401
-    ENV, ROOT, SMALL, TORCHRUN, data, flags, loopback, losses, one_thread, records, signals)
+    ENV, ROOT, SMALL, TORCHRUN, data, flags, loopback, losses, one_thread, records)
 from train import Train, train
 
 

@@ -31,7 +31,7 @@ from model import AdaptiveLatentCoT, Config
 from prepare import get_tokenizer
 from test_train import (  # noqa: F401
     ENV, ROOT, SMALL, TORCHRUN, Killed, close, data, flags, kill_step, loopback, losses, one_thread, records,
-    script, signals, summary, weights)
+    script, summary, weights)
 from train import Train, train
 
 pytestmark = pytest.mark.skipif(not loopback(), reason="no loopback interface")

@@ -62,15 +62,6 @@ def one_thread(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """Training in this process takes Ctrl-C for itself."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def script(name, *arguments, launcher=()):
     """A script in a process of its own, which is asked to end after three minutes, its workers with it."""
     command = [sys.executable, *launcher, str(ROOT / name), *map(str, arguments)]
