@@ -35,19 +35,21 @@ class Plot:
             raise ValueError("name the folders of runs, as in: python compare.py plot out/tiny out/vanilla")
 
 
+def log_of(name: str) -> Path:
+    """The log of a run, which is named by its folder or by the log itself."""
+    return Path(name) / "log.jsonl" if Path(name).is_dir() else Path(name)
+
+
 def read_log(name: str) -> list[dict]:
     """The records of a run's log.jsonl; a last line that is not whole yet is left out. Raises BadInput."""
-    path = Path(name) / "log.jsonl" if Path(name).is_dir() else Path(name)
+    path = log_of(name)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not whole
         steps = [row["step"] for row in rows]
-        trained = any("flops" in row for row in rows)
-        if trained:
-            curves(rows)  # which fails where a row lacks what it should have
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not the log.jsonl of a run of train.py: {reason(error)}") from None
-    if not trained or steps != sorted(steps):
+    if not any("flops" in row for row in rows) or steps != sorted(steps):
         raise BadInput(f"{path} holds no step of training yet")
     return rows
 
@@ -71,6 +73,14 @@ def curves(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
     return lines
 
 
+def read_curves(name: str) -> dict[str, list[tuple[float, float]]]:
+    """The curves of a run's log. Raises BadInput, also where a row lacks what it should have."""
+    try:
+        return curves(read_log(name))
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise BadInput(f"{log_of(name)} is not the log.jsonl of a run of train.py: {reason(error)}") from None
+
+
 def draw_curves(runs: list[str]):
     """A figure of all runs: validation loss by tokens and by FLOPs, latent steps, τ, learning rate."""
     figure = optional("matplotlib.figure", "plot").Figure(figsize=(13, 7), layout="constrained")
@@ -82,7 +92,7 @@ def draw_curves(runs: list[str]):
     panels = {"loss by tokens": "validation loss, nats per token", "loss by FLOPs": "validation loss",
               "latent_steps": "latent steps per token", "tau": "τ (dotted: λ)", "lr": "learning rate"}
     for i, name in enumerate(runs):
-        lines = curves(read_log(name))
+        lines = read_curves(name)
         for axis, panel in zip(axes, panels):
             style = ".-" if panel.startswith("loss") else "-"
             label = name.replace("$", r"\$")  # or matplotlib would read a formula
