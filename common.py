@@ -232,7 +232,7 @@ def load_checkpoint(path: str | Path, device="cpu", parts: bool = True):
     """path: a run's folder or a file → model (in eval mode), tokenizer, checkpoint (a dict).
 
     parts: whether to read a model that lies in parts beside the file (shard.py); if not, it is None.
-    Runs no code that the file may hold. Raises BadInput for one that is missing, damaged or not ours.
+    Runs no code that it may hold. Raises BadInput where it is missing, damaged, too large or not ours.
     """
     import torch
     from baselines import build
