@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from log import Cache, States
+from log import Cache, States, take
 from model import AdaptiveLatentCoT, Config, LLaMA
 
 
@@ -168,7 +168,7 @@ class MoR(LLaMA):
             who, chosen, due = who.select(depth[index] > r, self.agree)
             if not due:
                 break
-            h, index = F.embedding(chosen, h), index[chosen]
+            h, index = take(h, chosen), index[chosen]
         last = self.one_pass(done, states, cache.logs[n + 1], layers[-1:])
         reach = torch.arange(n - 1, device=x.device) < depth[:, None]
         return self.norm(last), depth.float(), reach.float()

@@ -23,14 +23,17 @@ def compiles(wanted: bool | None, device) -> bool:
 
 
 def compile_training(model) -> None:
-    """Compiles what a block does before and after its attention, for any number of tokens, and the loss."""
+    """Compiles a block, one graph for all layers and any number of tokens, and the loss."""
     import torch
+    import torch.fx.experimental._config as shapes
     from costs import COMPILED_CHUNK
     if "nats_of" in vars(model):
         return  # that has been done
+    shapes.use_duck_shape = False  # that two sizes are equal now means nothing
+    torch._dynamo.config.specialize_float = True
+    torch._dynamo.config.recompile_limit = 64  # first pass or later, all live or some, with gradients or not
     for block in model.blocks:
-        block.before = torch.compile(block.before, dynamic=True)
-        block.after = torch.compile(block.after, dynamic=True)
+        block.forward = torch.compile(block.forward, dynamic=True)
     model.nats_of = torch.compile(model.nats_of)
     if model.embed.weight.is_cuda and not model.config.exit_loss:  # or each exit would keep so many
         model.chunk = COMPILED_CHUNK
@@ -88,15 +91,14 @@ def lay_out(model, dtype=None) -> None:
 
 
 class Still:
-    """A log as a compiled tick sees it: attention looks at all seats that are there, empty ones too."""
+    """Entries as a compiled tick sees them: attention looks at all seats that are there, empty ones too."""
 
-    def __init__(self, entries: dict, seat) -> None:
-        self.entries = entries
-        self.seat = seat  # (1,) where the new states go
+    def __init__(self, held) -> None:
+        self.held = held
 
-    def append(self, name: str, seats: slice, new):
-        self.entries[name].index_copy_(2, self.seat, new)
-        return self.entries[name]
+    def append(self, seat, new):
+        """new (B, G, 1, hd) on the seat (1,)."""
+        return self.held.index_copy_(2, seat, new)
 
 
 class Ticks:
@@ -126,7 +128,7 @@ class Ticks:
         log.open(states)
         seat = torch.tensor([log.last], device=x.device)
         if not x.is_cuda:  # where sizes may change: only the seats that are taken
-            entries = {name: entry[:, :, : log.size] for name, entry in log.entries.items()}
+            entries = {name: entries.held[:, :, : log.size] for name, entries in log.entries.items()}
             return self.run(x, states, entries, seat, layers)
         for tape in self.tapes:
             if tape.fits(x, log, layers):
@@ -143,9 +145,8 @@ class Ticks:
         order, column = entries["order"], entries["column"]
         mask = additive_mask(order.index_select(2, seat), column.index_select(2, seat), order, column)
         rope = self.model.rope[:, states.pos, None]
-        log = Still(entries, seat)
         for layer in layers:
-            x = self.model.blocks[layer](x, rope, states, log, None, mask)
+            x = self.model.blocks[layer](x, rope, states, Still(entries[layer]), seat, mask)
         return x
 
 
@@ -156,7 +157,7 @@ class Tape:
         import torch
         self.layers = layers
         self.owner = None  # a weak reference to the log that lies in the buffers
-        self.entries = {name: entry.clone() for name, entry in log.entries.items()}
+        self.entries = {name: entries.held.clone() for name, entries in log.entries.items()}
         self.x, self.pos, self.seat = x.clone(), states.pos.clone(), seat.clone()
         self.reach = None if states.reach is None else states.reach.clone()
         still = type(states).tick(self.pos, states.column.clone(), reach=self.reach)
@@ -178,16 +179,16 @@ class Tape:
         lives.
         """
         shapes = {name: entry.shape for name, entry in self.entries.items()}
-        same = shapes == {name: entry.shape for name, entry in log.entries.items()}
+        same = shapes == {name: entries.held.shape for name, entries in log.entries.items()}
         mine = self.idle() or self.owner() is log
         return same and mine and layers == self.layers and x.dtype == self.x.dtype
 
     def play(self, x, states, log, seat):
         import weakref
-        if log.entries["order"] is not self.entries["order"]:
-            for name, entry in log.entries.items():
-                self.entries[name].copy_(entry)
-            log.entries = dict(self.entries)
+        if log.entries["order"].held is not self.entries["order"]:
+            for name, entries in log.entries.items():
+                self.entries[name].copy_(entries.held)
+                entries.held = self.entries[name]
             self.owner = weakref.ref(log)
         self.x.copy_(x)
         self.pos.copy_(states.pos)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 FAR = 2**30  # the order of an empty seat: later than every real state, so that none sees it
+BLOCK = 128  # queries and keys of which FlexAttention skips some as one
 WRITTEN_OUT = 2**22  # most entries of a mask that is written out on a GPU; beyond, FlexAttention skips blocks
 
 
@@ -68,6 +69,8 @@ class States:
         if n == len(live):
             return self, torch.arange(n, device=live.device), most > 0
         index = live.nonzero_static(size=n).squeeze(1)
+        if live.is_cuda and A >= BLOCK:  # few shapes to compile for and to allocate
+            A = math.ceil(A / BLOCK) * BLOCK
         row = self.row[index]
         rank = torch.arange(n, device=live.device) - (count.cumsum(0) - count)[row]  # among those of its row
         seat = None if n == self.B * A else row * A + rank
@@ -84,7 +87,25 @@ class States:
     def pack(self, grid: Tensor) -> Tensor:
         """(B, H, A, hd) → (N, H · hd)."""
         flat = grid.transpose(1, 2).reshape(self.B * self.A, -1)
-        return flat if self.seat is None else F.embedding(self.seat, flat)  # a gather with a fast backward
+        return flat if self.seat is None else take(flat, self.seat)
+
+
+class Take(torch.autograd.Function):
+    """Rows of a matrix, each at most once: its backward writes where that of indexing would add."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.n = len(rows)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.n, gradient.size(1)).index_copy_(0, index, gradient), None
+
+
+take = Take.apply
 
 
 def pad(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -105,6 +126,23 @@ def spread(packed: Tensor, idx: Tensor, live: Tensor | None) -> Tensor:
     return whole
 
 
+class Entries:
+    """One thing that a log holds of every state: its order, its column, or its keys and values in a layer."""
+
+    def __init__(self, held: Tensor | None = None) -> None:
+        self.held = held  # (B, G, capacity, hd)
+
+    def append(self, seats: slice, new: Tensor) -> Tensor:
+        """new (B, G, A, hd) on the seats of a pass → all that this pass may look at (B, G, S, hd)."""
+        if seats.start and torch.is_grad_enabled():  # later ones are there when checkpointing recomputes
+            new = torch.cat((self.held[:, :, : seats.start], new), 2)
+        if seats.start and not torch.is_grad_enabled():
+            self.held[:, :, seats] = new
+        else:
+            self.held = new
+        return self.held[:, :, : seats.stop]
+
+
 class Log:
     """The addresses, and the keys and values of every layer, of the states of all passes so far.
 
@@ -113,46 +151,38 @@ class Log:
     """
 
     def __init__(self) -> None:
-        self.entries: dict[str, Tensor] = {}  # order, column, k0, v0, k1 …, each (B, G, capacity, hd)
+        self.entries: dict[str | int, Entries] = defaultdict(Entries)  # order, column, and of each layer
         self.size = 0  # seats taken
         self.last = 0  # the first seat of the last pass
         self.plain = True  # no seat is empty, and none is of a higher column than 0
 
     def open(self, states: States) -> slice:
-        """Takes the next seats and writes down the addresses of a pass; its keys and values follow by
-        `append`.
-        """
-        if self.size and not torch.is_grad_enabled() and self.size + states.A > self.entries["order"].size(2):
+        """Takes the next seats and writes down the addresses of a pass; its keys and values follow."""
+        if self.size and not torch.is_grad_enabled() and self.size + states.A > self.capacity():
             self.make_room(states.A)
         seats = slice(self.size, self.size + states.A)
         self.last, self.size = seats.start, seats.stop
         self.plain = self.plain and states.seat is None and states.deepest == 0
         order = states.grid(states.order[:, None, None], FAR)  # (B, 1, A, 1)
         column = states.grid(states.column[:, None, None], FAR)
-        self.order = self.append("order", seats, order)  # (B, 1, S, 1)
-        self.column = self.append("column", seats, column)
+        self.order = self.entries["order"].append(seats, order)  # (B, 1, S, 1)
+        self.column = self.entries["column"].append(seats, column)
         return seats
 
-    def append(self, name: str, seats: slice, new: Tensor) -> Tensor:
-        """new (B, G, A, hd) on the seats of a pass → all that this pass may look at (B, G, S, hd)."""
-        if seats.start and torch.is_grad_enabled():  # later ones are there when checkpointing recomputes
-            new = torch.cat((self.entries[name][:, :, : seats.start], new), 2)
-        if seats.start and not torch.is_grad_enabled():
-            self.entries[name][:, :, seats] = new
-        else:
-            self.entries[name] = new
-        return self.entries[name][:, :, : seats.stop]
+    def capacity(self) -> int:
+        return self.entries["order"].held.size(2)
 
     def make_room(self, more: int) -> None:
         """Squeezes out empty seats and makes room for `more` states, and for half of those that are there."""
-        full = self.entries["order"][:, :, : self.size] < FAR
+        full = self.entries["order"].held[:, :, : self.size] < FAR
         most = int(full.sum(2).max())
         chosen = full.int().sort(dim=2, descending=True, stable=True).indices[:, :, :most]  # full seats first
         more = max(more, most // 2, 64)
-        for name, old in self.entries.items():
+        for name, entries in self.entries.items():
+            old = entries.held
             kept = old[:, :, :most] if most == self.size else old.take_along_dim(chosen, 2)
             empty = old.new_full((*old.shape[:2], more, old.size(3)), FAR if name == "order" else 0)
-            self.entries[name] = torch.cat((kept, empty), 2)
+            entries.held = torch.cat((kept, empty), 2)
         self.size = most
 
     def forget_last_pass(self) -> None:
@@ -161,21 +191,23 @@ class Log:
     def rows(self, chosen: Tensor) -> "Log":
         """A log whose row i is a copy of row chosen[i] of this one."""
         new = copy.copy(self)
-        new.entries = {name: entry[chosen] for name, entry in self.entries.items()}
+        kept = {name: Entries(entries.held[chosen]) for name, entries in self.entries.items()}
+        new.entries = defaultdict(Entries, kept)
         return new
 
     def replace(self, rows: Tensor, other: "Log", B: int) -> None:
         """Empties some of the B rows and gives them what another log holds, a row each."""
         if not self.entries:  # of a pass that none of these rows has made
-            for name, entry in other.entries.items():
-                self.entries[name] = entry.new_full((B, *entry.shape[1:]), FAR if name == "order" else 0)
+            for name, entries in other.entries.items():
+                shape = B, *entries.held.shape[1:]
+                self.entries[name].held = entries.held.new_full(shape, FAR if name == "order" else 0)
         for name in ("order", "column"):  # passes of the same states share them
-            self.entries[name] = self.entries[name].clone()
-        if other.size > self.entries["order"].size(2):
+            self.entries[name].held = self.entries[name].held.clone()
+        if other.size > self.capacity():
             self.make_room(other.size)
-        self.entries["order"][rows] = FAR
-        for name, entry in other.entries.items():
-            self.entries[name][rows, :, : other.size] = entry[:, :, : other.size]
+        self.entries["order"].held[rows] = FAR
+        for name, entries in other.entries.items():
+            self.entries[name].held[rows, :, : other.size] = entries.held[:, :, : other.size]
         self.size = max(self.size, other.size)
         self.plain = False
 
@@ -230,7 +262,7 @@ def make_mask(states: States, log: Log) -> Tensor | BlockMask | None:
     if log.last == 0 or (states.A == 1 and log.plain):
         return None
     order, column = log.order[:, :, log.last :], log.column[:, :, log.last :]  # (B, 1, A, 1)
-    large = states.A >= 128 and states.B * states.A * log.size > WRITTEN_OUT
+    large = states.A >= BLOCK and states.B * states.A * log.size > WRITTEN_OUT
     if order.is_cuda and large and not broken_compiler(order.device):
         return block_mask(order, column, log.order, log.column)
     return additive_mask(order, column, log.order, log.column)
@@ -273,10 +305,14 @@ FLEX = {"fwd_num_warps": 8, "fwd_BLOCK_N": 64}  # by default a block's addresses
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """q (B, H, A, hd), k and v (B, G, S, hd) → (B, H, A, hd). The one place that chooses a kernel."""
-    grouped = q.size(1) != k.size(1)
+    grouped = causal = False
+    if q.size(1) != k.size(1):  # a branch, as compiled code has symbols for sizes, and wants a bool
+        grouped = True
+    if mask is None and q.size(2) > 1:
+        causal = True
     if isinstance(mask, BlockMask):
-        return compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=FLEX)
-    causal = mask is None and q.size(2) > 1
+        options = FLEX if q.element_size() == 2 and q.size(3) <= 128 else None  # others lack shared memory
+        return compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=options)
     mask = None if mask is None else mask.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import check_range
-from log import Cache, Log, States, attend, make_mask, pad, rope_table, rotate, spread
+from log import Cache, Entries, Log, States, attend, make_mask, pad, rope_table, rotate, spread, take
 
 CHUNK = 2**27  # logits that are kept, or made at once where a loss is wanted: half a gigabyte in fp32
 
@@ -102,9 +102,9 @@ class Generated:
 class Block(nn.Module):
     """One layer: attention and SwiGLU, each behind an RMSNorm."""
 
-    def __init__(self, config: Config, layer: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        d, self.layer, self.head_dim = config.n_embd, layer, config.head_width
+        d, self.head_dim = config.n_embd, config.head_width
         self.weighs = config.weigh_values
         q, kv = self.head_dim * config.n_head, self.head_dim * (config.n_kv_head or config.n_head)
         head_norm = nn.RMSNorm if config.qk_norm else nn.Identity  # which takes any arguments
@@ -120,24 +120,15 @@ class Block(nn.Module):
         self.w3 = nn.Linear(d, config.n_ff, bias=False)  # up
         self.w2 = nn.Linear(config.n_ff, d, bias=False)  # down
 
-    def forward(self, x: Tensor, rope: Tensor, states: States, log: Log, seats: slice, mask) -> Tensor:
-        """x (N, d) → (N, d); appends to the log on the given seats."""
-        q, k, v = self.before(x, rope)
-        if self.weighs and states.reach is not None:
-            v = v * states.reach[:, None, None].to(v.dtype)
-        k = log.append(f"k{self.layer}", seats, states.grid(k))  # (B, G, S, hd)
-        v = log.append(f"v{self.layer}", seats, states.grid(v))
-        return self.after(x, states.pack(attend(states.grid(q), k, v, mask)))
-
-    def before(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What comes before attention: x (N, d) → q (N, H, hd), k and v (N, G, hd)."""
+    def forward(self, x: Tensor, rope: Tensor, states: States, kept: Entries, seats: slice, mask) -> Tensor:
+        """x (N, d) → (N, d); appends to the keys and values that are kept of this layer (B, 2 G, S, hd)."""
         z = self.attn_norm(x)
         q, k, v = (w(z).unflatten(1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        return rotate(self.q_norm(q), rope).to(v.dtype), rotate(self.k_norm(k), rope).to(v.dtype), v
-
-    def after(self, x: Tensor, y: Tensor) -> Tensor:
-        """And after it: the residual x (N, d) and the heads' values y (N, H · hd) → (N, d)."""
-        x = x + self.wo(y)
+        q, k = rotate(self.q_norm(q), rope).to(v.dtype), rotate(self.k_norm(k), rope).to(v.dtype)
+        if self.weighs and states.reach is not None:
+            v = v * states.reach[:, None, None].to(v.dtype)
+        k, v = kept.append(seats, torch.cat((states.grid(k), states.grid(v)), 1)).chunk(2, 1)
+        x = x + self.wo(states.pack(attend(states.grid(q), k, v, mask)))
         z = self.ffn_norm(x)
         return x + self.w2(F.silu(self.w1(z)) * self.w3(z))
 
@@ -155,7 +146,7 @@ class LLaMA(nn.Module):
         self.max_latent, self.tau, self.lam = config.max_latent, config.tau, config.lam  # dials; τ, or τ[t,k]
         self.checkpointing = False  # recompute each block in the backward pass: less memory, more time
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -173,7 +164,7 @@ class LLaMA(nn.Module):
         mask = make_mask(states, log)
         rope = self.rope[:, states.pos, None]
         for layer in range(len(self.blocks)) if layers is None else layers:
-            inputs = x, rope, states, log, seats, mask
+            inputs = x, rope, states, log.entries[layer], seats, mask
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.blocks[layer], *inputs, use_reentrant=False)
             else:
@@ -367,7 +358,7 @@ class AdaptiveLatentCoT(LLaMA):
             states, chosen, due = states.select(live, self.agree)
             if not due:
                 break
-            z = F.embedding(chosen, h)  # z[t,k+1] = h[t,k]
+            z = take(h, chosen)  # z[t,k+1] = h[t,k]
             reach, index = onward[chosen], index[chosen]
             states = replace(states, column=states.column + 1, deepest=k + 1, reach=reach)
             steps.index_add_(0, index, torch.ones_like(reach))

@@ -51,8 +51,8 @@ def test_compiled_training_changes_no_number_and_is_compiled_once(monkeypatch):
     for T in (11, 23, 39):  # other numbers of live tokens
         model(idx[:, :T], targets[:, :T]).loss.backward()
         frames.append(counter.frame_count)
-    first = frames[0]  # then the loss is compiled once more, for any number
-    assert frames[1:] == 3 * [first + 1] and first <= 7 and set(model.state_dict()) == set(make().state_dict())
+    assert frames == [3, 4, 4, 4]  # a first pass, a later one, the loss; and the loss for any number
+    assert set(model.state_dict()) == set(make().state_dict())
 
 
 @pytest.mark.parametrize("method,shape", SHAPES)

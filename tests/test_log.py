@@ -54,8 +54,8 @@ def test_a_cache_may_go_on_with_gradients():
 def test_the_log_holds_no_entry_of_halted_tokens():
     model, idx = make(), text()
     _, steps, cache = in_chunks(model, idx, [3, 1])
-    order = cache.logs[0].entries["order"][:, 0, : cache.logs[0].size, 0]
-    column = cache.logs[0].entries["column"][:, 0, : cache.logs[0].size, 0]
+    order = cache.logs[0].entries["order"].held[:, 0, : cache.logs[0].size, 0]
+    column = cache.logs[0].entries["column"].held[:, 0, : cache.logs[0].size, 0]
     for row in range(3):
         held = {(int(t), int(k)) for t, k in zip(order[row], column[row]) if t < FAR}
         assert held == {(t, k) for t in range(40) for k in range(int(steps[row, t]) + 1)}
@@ -124,19 +124,19 @@ def test_squeezing_keeps_what_is_seen():
         states, index, _ = States.tick(torch.full((2,), step), torch.full((2,), step % 2), 1).select(live)
         seats = log.open(states)
         key = torch.randn(len(index), 1, 1)
-        log.append("k0", seats, states.grid(key))
+        log.entries[0].append(seats, states.grid(key))
         for i, row in enumerate(index.tolist()):
             seen[row][step, step % 2] = key[i].item()
         if step % 10 == 9:
             log.make_room(5)
-    order, column, keys = (log.entries[name][:, 0, : log.size, 0] for name in ("order", "column", "k0"))
+    order, column, keys = (log.entries[name].held[:, 0, : log.size, 0] for name in ("order", "column", 0))
     for row in range(2):
         held = {}
         for t, k, key in zip(order[row].tolist(), column[row].tolist(), keys[row].tolist()):
             if t < FAR:
                 held[t, k] = key
         assert held == seen[row]
-    assert log.size == 30 and (log.entries["order"][:, 0, log.size :] == FAR).all()
+    assert log.size == 30 and (log.entries["order"].held[:, 0, log.size :] == FAR).all()
 
 
 # ---------------------------------------------------------------------------------------------- the one rule
