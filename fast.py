@@ -97,8 +97,8 @@ class Still:
         self.held = held
 
     def append(self, seat, new):
-        """new (B, G, 1, hd) on the seat (1,)."""
-        return self.held.index_copy_(2, seat, new)
+        """new (B, 1, G, hd) on the seat (1,)."""
+        return self.held.index_copy_(1, seat, new)
 
 
 class Ticks:
@@ -122,13 +122,14 @@ class Ticks:
 
     def __call__(self, x, states, log, layers=None):
         import torch
-        layers = tuple(range(len(self.model.blocks)) if layers is None else layers)
+        layers = range(len(self.model.blocks)) if layers is None else layers
         if states.A > 1 or states.seat is not None or log.size == 0 or torch.is_grad_enabled():
             return self.plain(x, states, log, layers)
         log.open(states)
+        layers = tuple(map(str, layers))  # numbers would be taken for sizes
         seat = torch.tensor([log.last], device=x.device)
         if not x.is_cuda:  # where sizes may change: only the seats that are taken
-            entries = {name: entries.held[:, :, : log.size] for name, entries in log.entries.items()}
+            entries = {name: entries.held[:, : log.size] for name, entries in log.entries.items()}
             return self.run(x, states, entries, seat, layers)
         for tape in self.tapes:
             if tape.fits(x, log, layers):
@@ -142,11 +143,12 @@ class Ticks:
 
     def blocks(self, x, states, entries: dict, seat, layers: tuple):
         from log import additive_mask
-        order, column = entries["order"], entries["column"]
-        mask = additive_mask(order.index_select(2, seat), column.index_select(2, seat), order, column)
+        order, column = entries["order"][:, :, 0, 0], entries["column"][:, :, 0, 0]  # (B, S)
+        mask = additive_mask(order.index_select(1, seat), column.index_select(1, seat), order, column)
         rope = self.model.rope[:, states.pos, None]
         for layer in layers:
-            x = self.model.blocks[layer](x, rope, states, Still(entries[layer]), seat, mask)
+            keys, values = Still(entries["k" + layer]), Still(entries["v" + layer])
+            x = self.model.blocks[int(layer)](x, rope, states, keys, values, seat, mask)
         return x
 
 

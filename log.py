@@ -69,7 +69,7 @@ class States:
         if n == len(live):
             return self, torch.arange(n, device=live.device), most > 0
         index = live.nonzero_static(size=n).squeeze(1)
-        if live.is_cuda and A >= BLOCK:  # few shapes to compile for and to allocate
+        if live.is_cuda:  # few shapes to compile for and to allocate
             A = math.ceil(A / BLOCK) * BLOCK
         row = self.row[index]
         rank = torch.arange(n, device=live.device) - (count.cumsum(0) - count)[row]  # among those of its row
@@ -78,15 +78,15 @@ class States:
         return States(pos, order, column, row, seat, self.B, A, self.deepest), index, most > 0
 
     def grid(self, packed: Tensor, fill: int = 0) -> Tensor:
-        """(N, H, hd) → (B, H, A, hd), `fill` on empty seats."""
+        """(N, H, hd) → (B, A, H, hd), `fill` on empty seats."""
         if self.seat is not None:
             empty = packed.new_full((self.B * self.A, *packed.shape[1:]), fill)
             packed = empty.index_copy_(0, self.seat, packed)
-        return packed.view(self.B, self.A, *packed.shape[1:]).transpose(1, 2)
+        return packed.view(self.B, self.A, *packed.shape[1:])
 
     def pack(self, grid: Tensor) -> Tensor:
-        """(B, H, A, hd) → (N, H · hd)."""
-        flat = grid.transpose(1, 2).reshape(self.B * self.A, -1)
+        """(B, A, H, hd) → (N, H · hd)."""
+        flat = grid.reshape(self.B * self.A, -1)
         return flat if self.seat is None else take(flat, self.seat)
 
 
@@ -127,20 +127,20 @@ def spread(packed: Tensor, idx: Tensor, live: Tensor | None) -> Tensor:
 
 
 class Entries:
-    """One thing that a log holds of every state: its order, its column, or its keys and values in a layer."""
+    """One thing that a log holds of every state: its order, its column, its keys or its values in a layer."""
 
     def __init__(self, held: Tensor | None = None) -> None:
-        self.held = held  # (B, G, capacity, hd)
+        self.held = held  # (B, capacity, G, hd)
 
     def append(self, seats: slice, new: Tensor) -> Tensor:
-        """new (B, G, A, hd) on the seats of a pass → all that this pass may look at (B, G, S, hd)."""
+        """new (B, A, G, hd) on the seats of a pass → all that this pass may look at (B, S, G, hd)."""
         if seats.start and torch.is_grad_enabled():  # later ones are there when checkpointing recomputes
-            new = torch.cat((self.held[:, :, : seats.start], new), 2)
+            new = torch.cat((self.held[:, : seats.start], new), 1)
         if seats.start and not torch.is_grad_enabled():
-            self.held[:, :, seats] = new
+            self.held[:, seats] = new
         else:
             self.held = new
-        return self.held[:, :, : seats.stop]
+        return self.held[:, : seats.stop]
 
 
 class Log:
@@ -151,7 +151,7 @@ class Log:
     """
 
     def __init__(self) -> None:
-        self.entries: dict[str | int, Entries] = defaultdict(Entries)  # order, column, and of each layer
+        self.entries: dict[str, Entries] = defaultdict(Entries)  # order, column, k0, v0, k1 …
         self.size = 0  # seats taken
         self.last = 0  # the first seat of the last pass
         self.plain = True  # no seat is empty, and none is of a higher column than 0
@@ -163,26 +163,28 @@ class Log:
         seats = slice(self.size, self.size + states.A)
         self.last, self.size = seats.start, seats.stop
         self.plain = self.plain and states.seat is None and states.deepest == 0
-        order = states.grid(states.order[:, None, None], FAR)  # (B, 1, A, 1)
+        order = states.grid(states.order[:, None, None], FAR)  # (B, A, 1, 1)
         column = states.grid(states.column[:, None, None], FAR)
-        self.order = self.entries["order"].append(seats, order)  # (B, 1, S, 1)
-        self.column = self.entries["column"].append(seats, column)
+        self.order = self.entries["order"].append(seats, order).flatten(1)  # (B, S)
+        self.column = self.entries["column"].append(seats, column).flatten(1)
         return seats
 
     def capacity(self) -> int:
-        return self.entries["order"].held.size(2)
+        return self.entries["order"].held.size(1)
 
     def make_room(self, more: int) -> None:
         """Squeezes out empty seats and makes room for `more` states, and for half of those that are there."""
-        full = self.entries["order"].held[:, :, : self.size] < FAR
-        most = int(full.sum(2).max())
-        chosen = full.int().sort(dim=2, descending=True, stable=True).indices[:, :, :most]  # full seats first
+        full = self.entries["order"].held[:, : self.size] < FAR
+        most = int(full.sum(1).max())
+        chosen = full.int().sort(dim=1, descending=True, stable=True).indices[:, :most]  # full seats first
         more = max(more, most // 2, 64)
         for name, entries in self.entries.items():
             old = entries.held
-            kept = old[:, :, :most] if most == self.size else old.take_along_dim(chosen, 2)
-            empty = old.new_full((*old.shape[:2], more, old.size(3)), FAR if name == "order" else 0)
-            entries.held = torch.cat((kept, empty), 2)
+            kept = old[:, :most] if most == self.size else old.take_along_dim(chosen, 1)
+            shape, by_head = (len(old), most + more, *old.shape[2:]), (0, 2, 1, 3)  # in memory, as ticks read it
+            entries.held = torch.empty_permuted(shape, by_head, dtype=old.dtype, device=old.device)
+            entries.held[:, :most] = kept
+            entries.held[:, most:] = FAR if name == "order" else 0
         self.size = most
 
     def forget_last_pass(self) -> None:
@@ -207,7 +209,7 @@ class Log:
             self.make_room(other.size)
         self.entries["order"].held[rows] = FAR
         for name, entries in other.entries.items():
-            self.entries[name].held[rows, :, : other.size] = entries.held[:, :, : other.size]
+            self.entries[name].held[rows, : other.size] = entries.held[:, : other.size]
         self.size = max(self.size, other.size)
         self.plain = False
 
@@ -261,7 +263,7 @@ def make_mask(states: States, log: Log) -> Tensor | BlockMask | None:
     """
     if log.last == 0 or (states.A == 1 and log.plain):
         return None
-    order, column = log.order[:, :, log.last :], log.column[:, :, log.last :]  # (B, 1, A, 1)
+    order, column = log.order[:, log.last :], log.column[:, log.last :]  # (B, A)
     large = states.A >= BLOCK and states.B * states.A * log.size > WRITTEN_OUT
     if order.is_cuda and large and not broken_compiler(order.device):
         return block_mask(order, column, log.order, log.column)
@@ -269,8 +271,9 @@ def make_mask(states: States, log: Log) -> Tensor | BlockMask | None:
 
 
 def additive_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Tensor) -> Tensor:
-    """The rule as numbers to add to the scores: states (B, 1, A, 1), entries (B, 1, S, 1) → (B, 1, A, S)."""
-    seen = (key_order.mT <= order) & (key_column.mT <= column)
+    """The rule as numbers to add to the scores: states (B, A), entries (B, S) → (B, 1, A, S)."""
+    seen = key_order[:, None] <= order[:, :, None]
+    seen = (seen & (key_column[:, None] <= column[:, :, None]))[:, None]
     return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
@@ -278,8 +281,7 @@ def block_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Ten
     """The rule for FlexAttention, from the same shapes. Here an empty seat sees nothing. Addresses are int32,
     as the kernel holds many of them in registers.
     """
-    addresses = order, column, key_order, key_column
-    order, column, key_order, key_column = (t.flatten(1).int() for t in addresses)
+    order, column, key_order, key_column = (t.int() for t in (order, column, key_order, key_column))
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (key_order[b, k] <= order[b, q]) & (key_column[b, k] <= column[b, q])
@@ -300,11 +302,13 @@ def broken_compiler(device: torch.device) -> Exception | None:
 
 compiled_block_mask = torch.compile(create_block_mask, dynamic=True)
 compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
-FLEX = {"fwd_num_warps": 8, "fwd_BLOCK_N": 64}  # by default a block's addresses and scores spill registers
+FLEX = {"fwd_num_warps": 8, "fwd_BLOCK_N": 64,  # by default a block's addresses and scores spill registers
+        "bwd_num_warps": 4, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64}
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-    """q (B, H, A, hd), k and v (B, G, S, hd) → (B, H, A, hd). The one place that chooses a kernel."""
+    """q (B, A, H, hd), k and v (B, S, G, hd) → (B, A, H, hd). The one place that chooses a kernel."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = causal = False
     if q.size(1) != k.size(1):  # a branch, as compiled code has symbols for sizes, and wants a bool
         grouped = True
@@ -312,9 +316,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
         causal = True
     if isinstance(mask, BlockMask):
         options = FLEX if q.element_size() == 2 and q.size(3) <= 128 else None  # others lack shared memory
-        return compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=options)
-    mask = None if mask is None else mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+        y = compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=options)
+    else:
+        mask = None if mask is None else mask.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
 def rope_table(config) -> Tensor:

@@ -120,14 +120,16 @@ class Block(nn.Module):
         self.w3 = nn.Linear(d, config.n_ff, bias=False)  # up
         self.w2 = nn.Linear(config.n_ff, d, bias=False)  # down
 
-    def forward(self, x: Tensor, rope: Tensor, states: States, kept: Entries, seats: slice, mask) -> Tensor:
-        """x (N, d) → (N, d); appends to the keys and values that are kept of this layer (B, 2 G, S, hd)."""
+    def forward(self, x: Tensor, rope: Tensor, states: States, keys: Entries, values: Entries, seats: slice,
+                mask) -> Tensor:
+        """x (N, d) → (N, d); appends to the keys and values of this layer on the given seats."""
         z = self.attn_norm(x)
         q, k, v = (w(z).unflatten(1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         q, k = rotate(self.q_norm(q), rope).to(v.dtype), rotate(self.k_norm(k), rope).to(v.dtype)
         if self.weighs and states.reach is not None:
             v = v * states.reach[:, None, None].to(v.dtype)
-        k, v = kept.append(seats, torch.cat((states.grid(k), states.grid(v)), 1)).chunk(2, 1)
+        k = keys.append(seats, states.grid(k))  # (B, S, G, hd)
+        v = values.append(seats, states.grid(v))
         x = x + self.wo(states.pack(attend(states.grid(q), k, v, mask)))
         z = self.ffn_norm(x)
         return x + self.w2(F.silu(self.w1(z)) * self.w3(z))
@@ -164,7 +166,8 @@ class LLaMA(nn.Module):
         mask = make_mask(states, log)
         rope = self.rope[:, states.pos, None]
         for layer in range(len(self.blocks)) if layers is None else layers:
-            inputs = x, rope, states, log.entries[layer], seats, mask
+            keys, values = log.entries[f"k{layer}"], log.entries[f"v{layer}"]
+            inputs = x, rope, states, keys, values, seats, mask
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.blocks[layer], *inputs, use_reentrant=False)
             else:

@@ -54,8 +54,8 @@ def test_a_cache_may_go_on_with_gradients():
 def test_the_log_holds_no_entry_of_halted_tokens():
     model, idx = make(), text()
     _, steps, cache = in_chunks(model, idx, [3, 1])
-    order = cache.logs[0].entries["order"].held[:, 0, : cache.logs[0].size, 0]
-    column = cache.logs[0].entries["column"].held[:, 0, : cache.logs[0].size, 0]
+    order = cache.logs[0].entries["order"].held[:, : cache.logs[0].size, 0, 0]
+    column = cache.logs[0].entries["column"].held[:, : cache.logs[0].size, 0, 0]
     for row in range(3):
         held = {(int(t), int(k)) for t, k in zip(order[row], column[row]) if t < FAR}
         assert held == {(t, k) for t in range(40) for k in range(int(steps[row, t]) + 1)}
@@ -124,19 +124,19 @@ def test_squeezing_keeps_what_is_seen():
         states, index, _ = States.tick(torch.full((2,), step), torch.full((2,), step % 2), 1).select(live)
         seats = log.open(states)
         key = torch.randn(len(index), 1, 1)
-        log.entries[0].append(seats, states.grid(key))
+        log.entries["k0"].append(seats, states.grid(key))
         for i, row in enumerate(index.tolist()):
             seen[row][step, step % 2] = key[i].item()
         if step % 10 == 9:
             log.make_room(5)
-    order, column, keys = (log.entries[name].held[:, 0, : log.size, 0] for name in ("order", "column", 0))
+    order, column, keys = (log.entries[name].held[:, : log.size, 0, 0] for name in ("order", "column", "k0"))
     for row in range(2):
         held = {}
         for t, k, key in zip(order[row].tolist(), column[row].tolist(), keys[row].tolist()):
             if t < FAR:
                 held[t, k] = key
         assert held == seen[row]
-    assert log.size == 30 and (log.entries["order"].held[:, 0, log.size :] == FAR).all()
+    assert log.size == 30 and (log.entries["order"].held[:, log.size :] == FAR).all()
 
 
 # ---------------------------------------------------------------------------------------------- the one rule
@@ -145,7 +145,7 @@ def test_squeezing_keeps_what_is_seen():
 def test_the_rule_entry_by_entry():
     order, column = torch.tensor([[3, 5, FAR]]), torch.tensor([[0, 1, FAR]])
     key_order, key_column = torch.tensor([[3, 4, 5, 5, FAR]]), torch.tensor([[0, 0, 1, 2, FAR]])
-    mask = additive_mask(*(t[:, None, :, None] for t in (order, column, key_order, key_column)))[0, 0]
+    mask = additive_mask(order, column, key_order, key_column)[0, 0]
     assert (mask == 0).tolist() == [
         [True, False, False, False, False],
         [True, True, True, False, False],
@@ -165,12 +165,12 @@ def test_the_block_mask_is_the_dense_mask(monkeypatch):
         model(text(2, 40))
     assert len(seen) > 2
     for states, last, key_order, key_column, mask in seen[1:]:
-        order, column = key_order[:, :, last:], key_column[:, :, last:]
-        q, k, v = torch.randn(2, 4, states.A, 8), *torch.randn(2, 2, 2, key_order.size(2), 8)
+        order, column = key_order[:, last:], key_column[:, last:]
+        q, k, v = torch.randn(2, 4, states.A, 8), *torch.randn(2, 2, 2, key_order.size(1), 8)
         blocks = block_mask(order, column, key_order, key_column)
         flex = flex_attention(q, k, v, block_mask=blocks, enable_gqa=True)
         dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        real = (order < FAR).expand_as(flex)
+        real = (order < FAR)[:, None, :, None].expand_as(flex)
         torch.testing.assert_close(flex[real], dense[real], atol=1e-5, rtol=1e-5)
         assert not flex[~real].any()
 
@@ -180,11 +180,11 @@ def test_flex_attention_is_compiled_once_for_all_lengths():
     make_blocks = torch.compile(block_mask, dynamic=True, backend=mask_counter)
     attention = torch.compile(flex_attention, dynamic=True, backend=counter)
     for A, S in ((140, 200), (150, 431), (270, 300), (300, 1000)):
-        key_order = torch.arange(S).expand(2, S)[:, None, :, None]
-        order = key_order[:, :, S - A :]
+        key_order = torch.arange(S).expand(2, S)
+        order = key_order[:, S - A :]
         q, k, v = (torch.randn(2, 2, n, 16) for n in (A, S, S))
         blocks = make_blocks(order, torch.zeros_like(order), key_order, torch.zeros_like(key_order))
-        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=key_order.mT <= order)
+        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=key_order[:, None, None] <= order[:, None, :, None])
         out = attention(q, k, v, block_mask=blocks, kernel_options=FLEX)
         torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-5)
     assert mask_counter.frame_count == counter.frame_count == 1

@@ -216,8 +216,8 @@ def test_the_memory_of_long_generations_is_bounded():
         nonlocal most_live, most_held
         result = plain(x, cache)
         order = cache.logs[0].entries["order"].held
-        most_live = max(most_live, int((order < 2**30).sum(2).max()))
-        most_held = max(most_held, order.size(2))
+        most_live = max(most_live, int((order < 2**30).sum(1).max()))
+        most_held = max(most_held, order.size(1))
         return result
 
     model.tick = watched
