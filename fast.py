@@ -23,7 +23,11 @@ def compiles(wanted: bool | None, device) -> bool:
 
 
 def compile_training(model) -> None:
-    """Compiles a block, one graph for all layers and any number of tokens, and the loss."""
+    """Compiles a block for all layers and any number of tokens, and the loss.
+
+    With gradients that is one graph: less for the CPU to launch. Without, it is what a block does before and
+    after its attention: such passes are of more kinds, and must write into a log's buffers where they lie.
+    """
     import torch
     import torch.fx.experimental._config as shapes
     from costs import COMPILED_CHUNK
@@ -33,10 +37,18 @@ def compile_training(model) -> None:
     torch._dynamo.config.specialize_float = True
     torch._dynamo.config.recompile_limit = 64  # first pass or later, all live or some, with gradients or not
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=True)
+        whole = torch.compile(block.forward, dynamic=True)
+        block.forward = partial(with_gradients, whole, block.forward)
+        block.before = torch.compile(block.before, dynamic=True)
+        block.after = torch.compile(block.after, dynamic=True)
     model.nats_of = torch.compile(model.nats_of)
     if model.embed.weight.is_cuda and not model.config.exit_loss:  # or each exit would keep so many
         model.chunk = COMPILED_CHUNK
+
+
+def with_gradients(whole, parts, *inputs):
+    import torch
+    return whole(*inputs) if torch.is_grad_enabled() else parts(*inputs)
 
 
 def fuse_norms(model) -> None:

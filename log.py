@@ -181,7 +181,8 @@ class Log:
         for name, entries in self.entries.items():
             old = entries.held
             kept = old[:, :most] if most == self.size else old.take_along_dim(chosen, 1)
-            shape, by_head = (len(old), most + more, *old.shape[2:]), (0, 2, 1, 3)  # in memory, as ticks read it
+            shape = len(old), most + more, *old.shape[2:]
+            by_head = 0, 2, 1, 3  # order of the dimensions in memory: as ticks read it
             entries.held = torch.empty_permuted(shape, by_head, dtype=old.dtype, device=old.device)
             entries.held[:, :most] = kept
             entries.held[:, most:] = FAR if name == "order" else 0

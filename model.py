@@ -120,17 +120,24 @@ class Block(nn.Module):
         self.w3 = nn.Linear(d, config.n_ff, bias=False)  # up
         self.w2 = nn.Linear(config.n_ff, d, bias=False)  # down
 
-    def forward(self, x: Tensor, rope: Tensor, states: States, keys: Entries, values: Entries, seats: slice,
-                mask) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, states: States, keys: Entries, values: Entries, seats, mask):
         """x (N, d) → (N, d); appends to the keys and values of this layer on the given seats."""
-        z = self.attn_norm(x)
-        q, k, v = (w(z).unflatten(1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(self.q_norm(q), rope).to(v.dtype), rotate(self.k_norm(k), rope).to(v.dtype)
+        q, k, v = self.before(x, rope)
         if self.weighs and states.reach is not None:
             v = v * states.reach[:, None, None].to(v.dtype)
         k = keys.append(seats, states.grid(k))  # (B, S, G, hd)
         v = values.append(seats, states.grid(v))
-        x = x + self.wo(states.pack(attend(states.grid(q), k, v, mask)))
+        return self.after(x, states.pack(attend(states.grid(q), k, v, mask)))
+
+    def before(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention: x (N, d) → q (N, H, hd), k and v (N, G, hd)."""
+        z = self.attn_norm(x)
+        q, k, v = (w(z).unflatten(1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        return rotate(self.q_norm(q), rope).to(v.dtype), rotate(self.k_norm(k), rope).to(v.dtype), v
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """And after it: the residual x (N, d) and the heads' values y (N, H · hd) → (N, d)."""
+        x = x + self.wo(y)
         z = self.ffn_norm(x)
         return x + self.w2(F.silu(self.w1(z)) * self.w3(z))
 
@@ -166,8 +173,7 @@ class LLaMA(nn.Module):
         mask = make_mask(states, log)
         rope = self.rope[:, states.pos, None]
         for layer in range(len(self.blocks)) if layers is None else layers:
-            keys, values = log.entries[f"k{layer}"], log.entries[f"v{layer}"]
-            inputs = x, rope, states, keys, values, seats, mask
+            inputs = x, rope, states, log.entries[f"k{layer}"], log.entries[f"v{layer}"], seats, mask
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.blocks[layer], *inputs, use_reentrant=False)
             else:

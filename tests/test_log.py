@@ -184,7 +184,8 @@ def test_flex_attention_is_compiled_once_for_all_lengths():
         order = key_order[:, S - A :]
         q, k, v = (torch.randn(2, 2, n, 16) for n in (A, S, S))
         blocks = make_blocks(order, torch.zeros_like(order), key_order, torch.zeros_like(key_order))
-        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=key_order[:, None, None] <= order[:, None, :, None])
+        seen = key_order[:, None, None] <= order[:, None, :, None]
+        dense = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         out = attention(q, k, v, block_mask=blocks, kernel_options=FLEX)
         torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-5)
     assert mask_counter.frame_count == counter.frame_count == 1
