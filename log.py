@@ -69,7 +69,7 @@ class States:
         if n == len(live):
             return self, torch.arange(n, device=live.device), most > 0
         index = live.nonzero_static(size=n).squeeze(1)
-        if live.is_cuda:  # few shapes to compile for and to allocate
+        if live.is_cuda and A > 1:  # few shapes to compile for and to allocate
             A = math.ceil(A / BLOCK) * BLOCK
         row = self.row[index]
         rank = torch.arange(n, device=live.device) - (count.cumsum(0) - count)[row]  # among those of its row
@@ -134,8 +134,10 @@ class Entries:
 
     def append(self, seats: slice, new: Tensor) -> Tensor:
         """new (B, A, G, hd) on the seats of a pass → all that this pass may look at (B, S, G, hd)."""
-        if seats.start and torch.is_grad_enabled():  # later ones are there when checkpointing recomputes
-            new = torch.cat((self.held[:, : seats.start], new), 1)
+        if seats.start and torch.is_grad_enabled():
+            old = self.held[:, : seats.start]  # later ones are there when checkpointing recomputes
+            by_head = torch.cat((old.transpose(1, 2), new.transpose(1, 2)), 2)  # in memory, as attention reads
+            new = by_head.transpose(1, 2)
         if seats.start and not torch.is_grad_enabled():
             self.held[:, seats] = new
         else:
@@ -182,7 +184,7 @@ class Log:
             old = entries.held
             kept = old[:, :most] if most == self.size else old.take_along_dim(chosen, 1)
             shape = len(old), most + more, *old.shape[2:]
-            by_head = 0, 2, 1, 3  # order of the dimensions in memory: as ticks read it
+            by_head = 0, 2, 1, 3  # order of the dimensions in memory
             entries.held = torch.empty_permuted(shape, by_head, dtype=old.dtype, device=old.device)
             entries.held[:, :most] = kept
             entries.held[:, most:] = FAR if name == "order" else 0
