@@ -27,6 +27,7 @@ def compile_training(model) -> None:
 
     With gradients that is one graph: less for the CPU to launch. Without, it is what a block does before and
     after its attention: such passes are of more kinds, and must write into a log's buffers where they lie.
+    The compiler's settings are those of the process.
     """
     import torch
     import torch.fx.experimental._config as shapes
@@ -34,11 +35,12 @@ def compile_training(model) -> None:
     if "nats_of" in vars(model):
         return  # that has been done
     shapes.use_duck_shape = False  # that two sizes are equal now means nothing
-    torch._dynamo.config.specialize_float = True
-    torch._dynamo.config.recompile_limit = 64  # first pass or later, all live or some, with gradients or not
+    torch._dynamo.config.specialize_float = True  # that of a norm never changes
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks apart
+    torch._dynamo.config.recompile_limit = 64  # first pass or later, all live or some, many or few
     for block in model.blocks:
         whole = torch.compile(block.forward, dynamic=True)
-        block.forward = partial(with_gradients, whole, block.forward)
+        block.forward = partial(whole_or_parts, whole, block.forward)
         block.before = torch.compile(block.before, dynamic=True)
         block.after = torch.compile(block.after, dynamic=True)
     model.nats_of = torch.compile(model.nats_of)
@@ -46,7 +48,8 @@ def compile_training(model) -> None:
         model.chunk = COMPILED_CHUNK
 
 
-def with_gradients(whole, parts, *inputs):
+def whole_or_parts(whole, parts, *inputs):
+    """A block's forward: compiled whole where gradients are wanted, else part by part."""
     import torch
     return whole(*inputs) if torch.is_grad_enabled() else parts(*inputs)
 
@@ -141,8 +144,8 @@ class Ticks:
         layers = tuple(map(str, layers))  # numbers would be taken for sizes
         seat = torch.tensor([log.last], device=x.device)
         if not x.is_cuda:  # where sizes may change: only the seats that are taken
-            entries = {name: entries.held[:, : log.size] for name, entries in log.entries.items()}
-            return self.run(x, states, entries, seat, layers)
+            held = {name: entries.held[:, : log.size] for name, entries in log.entries.items()}
+            return self.run(x, states, held, seat, layers)
         for tape in self.tapes:
             if tape.fits(x, log, layers):
                 break
@@ -153,13 +156,13 @@ class Ticks:
             self.tapes.append(tape)
         return tape.play(x, states, log, seat)
 
-    def blocks(self, x, states, entries: dict, seat, layers: tuple):
+    def blocks(self, x, states, held: dict, seat, layers: tuple):
         from log import additive_mask
-        order, column = entries["order"][:, :, 0, 0], entries["column"][:, :, 0, 0]  # (B, S)
+        order, column = held["order"][:, :, 0, 0], held["column"][:, :, 0, 0]  # (B, S)
         mask = additive_mask(order.index_select(1, seat), column.index_select(1, seat), order, column)
         rope = self.model.rope[:, states.pos, None]
         for layer in layers:
-            keys, values = Still(entries["k" + layer]), Still(entries["v" + layer])
+            keys, values = Still(held["k" + layer]), Still(held["v" + layer])
             x = self.model.blocks[int(layer)](x, rope, states, keys, values, seat, mask)
         return x
 
@@ -171,7 +174,7 @@ class Tape:
         import torch
         self.layers = layers
         self.owner = None  # a weak reference to the log that lies in the buffers
-        self.entries = {name: entries.held.clone() for name, entries in log.entries.items()}
+        self.held = {name: entries.held.clone() for name, entries in log.entries.items()}
         self.x, self.pos, self.seat = x.clone(), states.pos.clone(), seat.clone()
         self.reach = None if states.reach is None else states.reach.clone()
         still = type(states).tick(self.pos, states.column.clone(), reach=self.reach)
@@ -179,11 +182,11 @@ class Tape:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compile and warm up: what it writes is written again by `play`
             for _ in range(2):
-                run(self.x, still, self.entries, self.seat, layers)
+                run(self.x, still, self.held, self.seat, layers)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.result = run(self.x, still, self.entries, self.seat, layers)
+            self.result = run(self.x, still, self.held, self.seat, layers)
 
     def idle(self) -> bool:
         return self.owner is None or self.owner() is None
@@ -192,17 +195,17 @@ class Tape:
         """Whether this graph is of these shapes, and its buffers belong to this log or to none that still
         lives.
         """
-        shapes = {name: entry.shape for name, entry in self.entries.items()}
+        shapes = {name: held.shape for name, held in self.held.items()}
         same = shapes == {name: entries.held.shape for name, entries in log.entries.items()}
         mine = self.idle() or self.owner() is log
         return same and mine and layers == self.layers and x.dtype == self.x.dtype
 
     def play(self, x, states, log, seat):
         import weakref
-        if log.entries["order"].held is not self.entries["order"]:
+        if log.entries["order"].held is not self.held["order"]:
             for name, entries in log.entries.items():
-                self.entries[name].copy_(entries.held)
-                entries.held = self.entries[name]
+                self.held[name].copy_(entries.held)
+                entries.held = self.held[name]
             self.owner = weakref.ref(log)
         self.x.copy_(x)
         self.pos.copy_(states.pos)

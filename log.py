@@ -12,8 +12,8 @@ What is notable here:
   nobody sees it.
 * What attention needs beside the log stands at the end: the masks, the choice of a kernel, RoPE.
 
-Shapes: B rows, N packed states, A states of the longest row of a pass, S seats of the log, H heads, G heads
-of keys and values, hd width of a head.
+Shapes: B rows, N packed states, A seats of each row in a pass, at least the states of the longest, S seats of
+the log, H heads, G heads of keys and values, hd width of a head.
 """
 
 import copy
@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 FAR = 2**30  # the order of an empty seat: later than every real state, so that none sees it
-BLOCK = 128  # queries and keys of which FlexAttention skips some as one
+BLOCK = 128  # FlexAttention computes or skips so many queries × so many keys at once
+SEATS = {"cuda": BLOCK}  # A is a multiple of this there: few shapes to compile for and to allocate
 WRITTEN_OUT = 2**22  # most entries of a mask that is written out on a GPU; beyond, FlexAttention skips blocks
 
 
@@ -69,8 +70,8 @@ class States:
         if n == len(live):
             return self, torch.arange(n, device=live.device), most > 0
         index = live.nonzero_static(size=n).squeeze(1)
-        if live.is_cuda and A > 1:  # few shapes to compile for and to allocate
-            A = math.ceil(A / BLOCK) * BLOCK
+        unit = SEATS.get(live.device.type, 1) if A > 1 else 1
+        A = math.ceil(A / unit) * unit
         row = self.row[index]
         rank = torch.arange(n, device=live.device) - (count.cumsum(0) - count)[row]  # among those of its row
         seat = None if n == self.B * A else row * A + rank
@@ -136,8 +137,8 @@ class Entries:
         """new (B, A, G, hd) on the seats of a pass → all that this pass may look at (B, S, G, hd)."""
         if seats.start and torch.is_grad_enabled():
             old = self.held[:, : seats.start]  # later ones are there when checkpointing recomputes
-            by_head = torch.cat((old.transpose(1, 2), new.transpose(1, 2)), 2)  # in memory, as attention reads
-            new = by_head.transpose(1, 2)
+            joined = torch.cat((old.transpose(1, 2), new.transpose(1, 2)), 2)  # by head, as attention reads
+            new = joined.transpose(1, 2)
         if seats.start and not torch.is_grad_enabled():
             self.held[:, seats] = new
         else:
@@ -148,8 +149,8 @@ class Entries:
 class Log:
     """The addresses, and the keys and values of every layer, of the states of all passes so far.
 
-    A row with fewer states than the longest leaves seats empty. With gradients each pass joins the entries
-    anew. Without, they lie in buffers, which are squeezed and grow by half when they are full.
+    A row with fewer states than a pass has seats leaves some empty. With gradients each pass joins the
+    entries anew. Without, they lie in buffers, which are squeezed and grow by half when they are full.
     """
 
     def __init__(self) -> None:
@@ -291,7 +292,8 @@ def block_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Ten
         return seen & (order[b, q] < FAR)
 
     make = compiled_block_mask if order.is_cuda else create_block_mask
-    return make(mask_mod, order.size(0), None, order.size(1), key_order.size(1), device=order.device)
+    sizes = order.size(0), None, order.size(1), key_order.size(1)
+    return make(mask_mod, *sizes, device=order.device, BLOCK_SIZE=BLOCK)
 
 
 @cache
@@ -318,7 +320,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
     if mask is None and q.size(2) > 1:
         causal = True
     if isinstance(mask, BlockMask):
-        options = FLEX if q.element_size() == 2 and q.size(3) <= 128 else None  # others lack shared memory
+        options = FLEX if q.element_size() == 2 and q.size(3) <= 128 else None  # others need the memory
         y = compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=options)
     else:
         mask = None if mask is None else mask.to(q.dtype)

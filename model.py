@@ -121,7 +121,7 @@ class Block(nn.Module):
         self.w2 = nn.Linear(config.n_ff, d, bias=False)  # down
 
     def forward(self, x: Tensor, rope: Tensor, states: States, keys: Entries, values: Entries, seats, mask):
-        """x (N, d) → (N, d); appends to the keys and values of this layer on the given seats."""
+        """x (N, d) → (N, d); appends to the layer's keys and values on seats: a slice, or one, as (1,)."""
         q, k, v = self.before(x, rope)
         if self.weighs and states.reach is not None:
             v = v * states.reach[:, None, None].to(v.dtype)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import log as log_module
 import model as model_module
 from baselines import METHODS
 from conftest import text
@@ -189,6 +190,25 @@ def test_flex_attention_is_compiled_once_for_all_lengths():
         out = attention(q, k, v, block_mask=blocks, kernel_options=FLEX)
         torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-5)
     assert mask_counter.frame_count == counter.frame_count == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_seats_than_states_change_no_number(method, monkeypatch):
+    """As on a GPU, where a pass has a multiple of 128 for each row."""
+    idx, targets = text(), text(seed=5)
+    live = torch.ones(3, 40, dtype=torch.bool)
+    live[0, 25:], live[2, 11:] = False, False
+    found = []
+    for unit in (1, 16):
+        monkeypatch.setitem(log_module.SEATS, "cpu", unit)
+        model = make(method)
+        out = model(idx, targets, live=live)
+        out.loss.backward()
+        onward = model(idx[:, :1], cache=model(idx[:, :20], live=live[:, :20]).cache)
+        found.append([out.logits, out.steps, onward.logits, *(p.grad for p in model.parameters())])
+        sizes = [log.order.size(1) for log in out.cache.logs.values()]
+        assert all(size % unit == 0 for size in sizes)
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
