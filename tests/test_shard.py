@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,9 +25,9 @@ import shard
 import train as train_module
 from baselines import MoR, build
 from common import BadInput, load_checkpoint, run
-from conftest import said, uneven
+from conftest import said, text, uneven
 from costs import memory
-from fast import fuse_norms
+from fast import compile_training, fuse_norms
 from model import AdaptiveLatentCoT, Config
 from prepare import get_tokenizer
 from test_train import (  # noqa: F401
@@ -332,6 +333,27 @@ def test_memory_is_the_formula(alone, checkpointing, low, shape):
     with torch.device("meta"):
         formula = memory(build(Config(**shape)), 2, 1, checkpointing, low, masks=True)
     assert peak.bytes == pytest.approx(sum(formula.values()), rel=0.1)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_compiled_block_stays_whole(alone, sharded, monkeypatch):
+    """Where DDP would have it cut at its buckets, too, the first of which holds 1 MB."""
+    torch._dynamo.reset()
+    model, idx, targets = uneven(n_layer=2, n_embd=256, n_ff=512), text(), text(seed=3)
+    model(idx, targets).loss.backward()
+    eager = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    counter = CompileCounterWithBackend("aot_eager")
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: plain(f, backend=counter, **options))
+    if sharded:
+        shard.shard(model, torch.device("cpu"), torch.float32)
+    outer = model if sharded else torch.nn.parallel.DistributedDataParallel(model)
+    compile_training(model)
+    outer(idx, targets).loss.backward()
+    for a, p in zip(eager, model.parameters()):
+        torch.testing.assert_close(shard.local(p.grad), a, atol=1e-5, rtol=1e-4)
+    assert counter.frame_count == 4  # a first pass, a second, later ones, the loss
 
 
 if __name__ == "__main__":
