@@ -199,7 +199,7 @@ class Contestant:
         self.model.draw(len(self.found["training"]))
         cuda = self.device.type == "cuda"
         if cuda:
-            torch.cuda.reset_peak_memory_stats()  # and beside the weights and AdamW's two moments stand
+            torch.cuda.reset_peak_memory_stats()  # others: all but the weights and AdamW's two moments
             others = torch.cuda.memory_allocated() - 3 * sum(p.nbytes for p in self.model.parameters())
         steps = 4 if cuda else 1  # in a row, where a step is short
         took = timed(lambda: [self.train() for _ in range(steps)], self.device)

@@ -70,7 +70,7 @@ class States:
         if n == len(live):
             return self, torch.arange(n, device=live.device), most > 0
         index = live.nonzero_static(size=n).squeeze(1)
-        unit = SEATS.get(live.device.type, 1) if A > 1 else 1
+        unit = SEATS.get(live.device.type, 1) if A > 1 else 1  # one state a row is decoding, and stays one
         A = math.ceil(A / unit) * unit
         row = self.row[index]
         rank = torch.arange(n, device=live.device) - (count.cumsum(0) - count)[row]  # among those of its row
@@ -135,14 +135,14 @@ class Entries:
 
     def append(self, seats: slice, new: Tensor) -> Tensor:
         """new (B, A, G, hd) on the seats of a pass → all that this pass may look at (B, S, G, hd)."""
-        if seats.start and torch.is_grad_enabled():
+        if not seats.start:
+            self.held = new
+        elif torch.is_grad_enabled():
             old = self.held[:, : seats.start]  # later ones are there when checkpointing recomputes
             joined = torch.cat((old.transpose(1, 2), new.transpose(1, 2)), 2)  # by head, as attention reads
-            new = joined.transpose(1, 2)
-        if seats.start and not torch.is_grad_enabled():
-            self.held[:, seats] = new
+            self.held = joined.transpose(1, 2)
         else:
-            self.held = new
+            self.held[:, seats] = new
         return self.held[:, : seats.stop]
 
 
@@ -320,7 +320,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
     if mask is None and q.size(2) > 1:
         causal = True
     if isinstance(mask, BlockMask):
-        options = FLEX if q.element_size() == 2 and q.size(3) <= 128 else None  # others need the memory
+        options = FLEX if q.element_size() == 2 and q.size(3) <= 128 else None  # shared memory
         y = compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=options)
     else:
         mask = None if mask is None else mask.to(q.dtype)
