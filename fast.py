@@ -142,7 +142,7 @@ class Ticks:
             return self.plain(x, states, log, layers)
         log.open(states)
         layers = tuple(map(str, layers))  # numbers would be taken for sizes
-        seat = torch.tensor([log.last], device=x.device)
+        seat = torch.full((1,), log.last, device=x.device)  # written there: nothing waits for a copy
         if not x.is_cuda:  # where sizes may change: only the seats that are taken
             held = {name: entries.held[:, : log.size] for name, entries in log.entries.items()}
             return self.run(x, states, held, seat, layers)

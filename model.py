@@ -291,16 +291,16 @@ class LLaMA(nn.Module):
         x = self.scale * self.embed(torch.tensor([text[-1] for text in texts], device=device))
         while rows:
             speaks, h, steps, expected, x = self.tick(x, cache)
-            who = speaks.nonzero().squeeze(1)
-            speakers = [rows[i] for i in who.tolist()]
-            if not speakers:
+            who = [i for i, says in enumerate(speaks.tolist()) if says]
+            if not who:
                 continue
-            logits = self.head(h[who]).float()
-            draws = torch.stack([torch.rand((), generator=dice[row]) for row in speakers]).to(device)
-            token = sample(logits, temperature, top_k or 0, top_p or 1.0, draws)
+            speakers = [rows[i] for i in who]
+            index, prompt = torch.tensor([who, speakers]).to(device, non_blocking=True)
+            logits = self.head(h[index]).float()
+            token = sample(logits, temperature, top_k or 0, top_p or 1.0, [dice[row] for row in speakers])
             prob = logits.softmax(1).gather(1, token[:, None]).squeeze(1)
-            yield Generated(torch.tensor(speakers, device=device), token, prob, steps[who], expected[who])
-            x = x.index_copy(0, who, self.scale * self.embed(token))
+            yield Generated(prompt, token, prob, steps[index], expected[index])
+            x = x.index_copy(0, index, self.scale * self.embed(token))
             cache.at["pos"] = cache.at["pos"] + speaks
             for row, new in zip(speakers, token.tolist()):
                 texts[row].append(new)
@@ -317,16 +317,16 @@ class LLaMA(nn.Module):
                 cache = cache.replace(full, again) if len(full) < len(rows) else again
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, draws: Tensor) -> Tensor:
-    """A token (n,) from logits (n, V) by temperature, top-k and nucleus (top-p); draws (n,) in [0, 1)."""
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, dice: list) -> Tensor:
+    """A token (n,) from logits (n, V) by temperature, top-k and nucleus (top-p); dice: n CPU generators."""
     if temperature == 0:
         return logits.argmax(1)
     logits = (logits - logits.amax(1, keepdim=True)) / max(temperature, 1e-6)
     share, token = logits.softmax(1).topk(min(top_k or logits.size(1), logits.size(1)), 1)  # likeliest first
     before = share.cumsum(1) - share
     mass = share.where(before < top_p * share.sum(1, keepdim=True), 0).cumsum(1)
-    index = torch.searchsorted(mass, draws[:, None] * mass[:, -1:])
-    return token.gather(1, index).squeeze(1)
+    draws = torch.stack([torch.rand(1, generator=die) for die in dice]).to(mass.device, non_blocking=True)
+    return token.gather(1, torch.searchsorted(mass, draws * mass[:, -1:])).squeeze(1)
 
 
 class AdaptiveLatentCoT(LLaMA):
