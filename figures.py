@@ -112,7 +112,7 @@ def draw_curves(runs: list[str]):
 
 def lines_of(finished: dict) -> dict[int, dict[str, list[tuple[float, float]]]]:
     """The runs of compare.py, {Run: result}, by tokens of text (0: all), then by method: the points (FLOPs,
-    validation loss) of all their evaluations, means over seeds.
+    validation loss) of all their evaluations, means over seeds. Models of more layers are a method apart.
 
     Left out: kinds that have fewer seeds than others on the same text, and those with a run that diverged.
     """
@@ -120,10 +120,12 @@ def lines_of(finished: dict) -> dict[int, dict[str, list[tuple[float, float]]]]:
     for run, result in finished.items():
         groups[replace(run, seed=0)].append(result["curve"] if result["flops"] else [])
     panels = defaultdict(lambda: defaultdict(list))
+    fewest = min((kind.n_layer for kind in groups), default=0)
     for kind, curves in groups.items():
+        name = kind.who if kind.n_layer == fewest else f"{kind.who}, more layers"
         seeds = max(len(groups[other]) for other in groups if other.train_tokens == kind.train_tokens)
         if len(curves) == seeds and all(curves):
-            panels[kind.train_tokens][kind.who] += [mean_point(points) for points in zip(*curves)]
+            panels[kind.train_tokens][name] += [mean_point(points) for points in zip(*curves)]
     return panels
 
 

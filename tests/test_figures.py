@@ -70,8 +70,8 @@ def test_a_line_holds_the_best_for_the_flops():
 
 
 def test_a_method_gives_the_curves_of_all_its_kinds_for_each_text():
-    def run(method, seed, K=1, tokens=0):
-        return Run(method, 1e-3, seed, K, None, 0.1, 0.0, 1.0, 2, 20, tokens)
+    def run(method, seed, K=1, tokens=0, layers=2):
+        return Run(method, 1e-3, seed, K, None, 0.1, 0.0, 1.0, layers, 20, tokens)
 
     def result(flops, loss):
         return {"flops": flops, "curve": [(10, flops / 2, loss + 1), (20, flops, loss)]}
@@ -79,12 +79,13 @@ def test_a_method_gives_the_curves_of_all_its_kinds_for_each_text():
     finished = {run("loop", 0): result(4, 2.0), run("loop", 1): result(4, 3.0),
                 run("pause", 0): result(6, 2.0), run("pause", 1): result(6, 2.0),
                 run("pause", 0, 2): result(8, 1.0), run("pause", 1, 2): result(8, 1.5),
+                run("loop", 0, layers=4): result(6, 1.0), run("loop", 1, layers=4): result(6, 2.0),
                 run("mor", 0): result(1, 1.0),  # one seed, where others have two
                 run("mor", 0, tokens=90): result(1, 1.0),  # but not on this text
                 run("ponder", 0): result(1, 1.0), run("ponder", 1): {"flops": None, "curve": []}}
     pause = [(3, 3.0), (6, 2.0), (4, 2.25), (8, 1.25)]
-    assert lines_of(finished) == {0: {"loop": [(2, 3.5), (4, 2.5)], "pause": pause},
-                                  90: {"mor": [(0.5, 2.0), (1, 1.0)]}}
+    loops = {"loop": [(2, 3.5), (4, 2.5)], "loop, more layers": [(3, 2.5), (6, 1.5)]}
+    assert lines_of(finished) == {0: {**loops, "pause": pause}, 90: {"mor": [(0.5, 2.0), (1, 1.0)]}}
     assert lines_of({}) == {}
 
 
