@@ -31,8 +31,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from baselines import METHODS
-from common import (BadInput, about, autocast, check_output, configure, enough_memory, load_checkpoint,
-                    measure_roof, pick_device, precision, run, table, timed, write_whole)
+from common import (BadInput, about, autocast, check_output, check_read, configure, enough_memory,
+                    load_checkpoint, measure_roof, pick_device, precision, run, table, timed, write_whole)
 from costs import (bytes_read, costs, counted, fitting, forward_flops, going_on, made_up_steps, make, memory,
                    training_flops)
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
@@ -56,24 +56,23 @@ class Bench(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.what not in BENCHES:
+            raise ValueError(f"what to measure is {self.what!r}, but must be one of {', '.join(BENCHES)}")
+        check_read(self, READ, [self.what], "bench.py ")
         self.methods = self.methods or list(METHODS)
         if self.mean_latent is None:
             self.mean_latent = min(1.5, self.max_latent)
-        if self.what not in BENCHES:
-            raise ValueError(f"what to measure is {self.what!r}, but must be one of {', '.join(BENCHES)}")
         if self.method != "adaptive":
             raise ValueError(f"--method={self.method} is not read here; name the methods with --methods")
-        for name in self.methods:
-            if name not in METHODS:
-                raise ValueError(f"--methods holds {name!r}, but must hold some of {', '.join(METHODS)}")
+        for name in [each for each in self.methods if each not in METHODS]:
+            raise ValueError(f"--methods holds {name!r}, but must hold some of {', '.join(METHODS)}")
         if not 0 <= self.mean_latent <= self.max_latent:
             raise ValueError(f"mean_latent is {self.mean_latent}, but at most {self.max_latent} is possible")
 
     def config_of(self, method: str) -> Config:
         """The shape of a method; ponder2 has one latent step, as its authors ran it."""
-        most = 1 if method == "ponder2" else self.max_latent
-        shape = {f.name: getattr(self, f.name) for f in fields(Config)}
-        return Config(**shape | {"method": method, "max_latent": most})
+        shape = {f.name: getattr(self, f.name) for f in fields(Config)} | {"method": method}
+        return Config(**shape | ({"max_latent": 1} if method == "ponder2" else {}))
 
 
 # ------------------------------------------------------------------------------------------------------ FLOPs
@@ -308,9 +307,9 @@ def bench_speed(bench: Bench) -> tuple[str, dict]:
                  "prefill tok/s", "decode tok/s, batch 1", "of bandwidth", "batch 16",
                  "peak MiB" if device.type == "cuda" else "kept MiB"], rows))
     print(f"\n{about()['machine']}, torch {torch.__version__}; {bench.batch} × {bench.block_size} tokens, "
-          f"medians of {bench.rounds} alternating rounds; roof {roof / 1e12:.3f} TFLOP/s, copy "
-          f"{copy / 1e9:.1f} GB/s; adaptive is forced to a mean of latent steps; decoding starts at half the "
-          "context; kept: what a forward keeps for its backward, weights included")
+          f"medians of {bench.rounds} alternating rounds, on CUDA of four training steps each; roof "
+          f"{roof / 1e12:.3f} TFLOP/s, copy {copy / 1e9:.1f} GB/s; adaptive is forced to a mean of latent steps; "
+          "decoding starts at half the context; kept: what a forward keeps for its backward, weights included")
     kind = device.type + ("-compiled" if compiles(bench.compile, device) else "")
     return f"speed-{kind}-{bench.n_layer}x{bench.n_embd}.json", {
         "roof": roof, "copy": copy, "batch": bench.batch, "context": bench.block_size, "methods": records}
@@ -334,8 +333,7 @@ def bench_growth(bench: Bench) -> tuple[str, dict]:
         ratios = [f"{our / its:.2f}" for our, its in zip(ours, vanilla)]
         rows.append([c, *(f"{time:,.0f}" for time in ours + vanilla), *ratios])
     print("Microseconds per token at a mean of one latent step:")
-    columns = ["prefill", "decode", "vanilla: prefill", "decode", "ratio: prefill", "decode"]
-    print(table(["context", *columns], rows))
+    print(table("context|prefill|decode|vanilla: prefill|decode|ratio: prefill|decode".split("|"), rows))
     rows = [[name.split()[1], *(f"{time:,.0f}" for time in micro[name].values())]
             for name in plan if name.startswith("ℓ_max")]
     print("\n" + table(["ℓ_max", "prefill", "decode"], rows))
@@ -365,6 +363,8 @@ def bench_memory(bench: Bench) -> tuple[str, dict]:
 
 
 BENCHES = {"flops": bench_flops, "speed": bench_speed, "growth": bench_growth, "memory": bench_memory}
+READ = {"flops": "methods checkpoint mean_latent batch", "speed": "methods mean_latent batch rounds",
+        "growth": "rounds contexts", "memory": "batch world"}  # settings that not all of them read
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from configurator import (RANGES, BadInput, answer_help, check_range, configure,  # noqa: F401
+from configurator import (RANGES, BadInput, answer_help, check_range, check_read, configure,  # noqa: F401
                           enough_memory, reason, run, unusable)
 
 FORMAT = "nanoLatentCoT 1"

@@ -31,7 +31,7 @@ import torch
 
 import figures
 from baselines import METHODS, build
-from common import BadInput, about, check_output, configure, optional, run, table, write_whole
+from common import BadInput, about, check_output, check_read, configure, optional, run, table, write_whole
 from prepare import Data
 from schedule import OF_ADAPTIVE, Recipe
 
@@ -40,6 +40,8 @@ DIVERGED = 3  # train.py's exit code where a loss or a gradient is not finite
 NO_THOUGHTS = "no thoughts"  # a control: adaptive's embedding scale, but never a latent step
 ALL_STEPS = "all steps"  # another: every token takes every latent step
 KINDS = (*METHODS, NO_THOUGHTS, ALL_STEPS)
+# The tables, and the settings that only they read:
+PARTS = dict(rates="rates rate_steps", tokens="", flops="", pareto="budgets ks depths", lengths="lengths")
 HEAD = "run|tokens|training FLOPs|steps, training|steps, validation|validation loss|bits per byte".split("|")
 FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": ".2f", "val_loss": ".4f",
            "bits_per_byte": ".4f"}
@@ -65,10 +67,10 @@ class Compare(Recipe):
         if self.method != "adaptive":
             raise ValueError(f"--method={self.method} is not read here; name the methods with --methods")
         self.methods = self.methods or list(KINDS)
-        for name, known in (("methods", KINDS), ("parts", ("rates", "tokens", "flops", "pareto", "lengths"))):
-            for value in getattr(self, name):
-                if value not in known:
-                    raise ValueError(f"--{name} holds {value!r}, but must hold some of {', '.join(known)}")
+        for name, known in (("methods", KINDS), ("parts", PARTS)):
+            for value in [each for each in getattr(self, name) if each not in known]:
+                raise ValueError(f"--{name} holds {value!r}, but must hold some of {', '.join(known)}")
+        check_read(self, PARTS, self.parts, "--parts ")
         for budget in (self.budget or 0, *self.budgets) if "adaptive" in self.methods else ():
             if budget > self.max_latent > 0:
                 raise ValueError(f"budget {budget:g} does not lie between 0 and max_latent {self.max_latent}")
@@ -255,13 +257,11 @@ def main() -> None:
     kinds = {who: plain_run(who, settings) for who in settings.methods}
 
     if "rates" in settings.parts:  # each at its own best learning rate, found on the first seed
-        steps = settings.rate_steps or settings.max_steps
-        trials = [replace(kind, learning_rate=rate, max_steps=steps)
+        trials = [replace(kind, learning_rate=rate, max_steps=settings.rate_steps or settings.max_steps)
                   for rate in settings.rates for kind in kinds.values()]
         runs.show("Learning rates (first seed):", trials, 1)
         ended = [run for run in trials if runs.finished[run]["val_loss"]]
-        ended.sort(key=lambda run: runs.finished[run]["val_loss"], reverse=True)
-        for run in ended:  # the last of each is its best
+        for run in sorted(ended, key=lambda run: -runs.finished[run]["val_loss"]):  # the last is its best
             kinds[run.who] = replace(kinds[run.who], learning_rate=run.learning_rate)
 
     if "tokens" in settings.parts or "flops" in settings.parts:

@@ -19,6 +19,7 @@ import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 _FIELDS = {  # range → fields of any script that must lie in it, each item of a list; None is always allowed
@@ -123,6 +124,18 @@ def check_range(name: str, value, where: str) -> None:
         allowed = low < value < high or value in ends
     if not allowed:
         raise BadInput(f"{where} is {value!r}, but must be {text}")
+
+
+def check_read(settings, readers: dict[str, str], chosen: list[str], flag: str) -> None:
+    """Raises BadInput where a field was given that nothing reads which is chosen with `flag`. readers: all
+    that can be chosen → the fields that it reads and not all others do.
+    """
+    read = " ".join(readers[name] for name in chosen).split()
+    for own in fields(settings):
+        by = [name for name, names in readers.items() if own.name in names.split()]
+        plain = own.default if own.default is not MISSING else own.default_factory()
+        if by and own.name not in read and getattr(settings, own.name) != plain:
+            raise BadInput(f"--{own.name} is not read here, but by {flag}{' or '.join(by)}")
 
 
 # ------------------------------------------------------------------------------------------------- settings

@@ -43,7 +43,7 @@ QUESTIONS = 12  # of a document
 class Tasks:
     run: str = "out/hops"  # a run's folder, or a checkpoint
     data: str = "data/hops"  # folder that prepare.py --task=hops wrote
-    documents: int = 500  # of the validation text
+    documents: int = 500  # of the validation text, or as many as there are
     tau: float | None = None  # threshold of reach; None: as trained
     max_latent: int | None = None  # most latent steps; None: as trained
     device: str = ""  # cpu, cuda or mps; empty: cuda where there is one
@@ -101,10 +101,12 @@ def main() -> None:
     if not same_tokens(describe(tokenizer), describe(data.tokenizer)):
         raise BadInput(f"{config.run} was trained with another tokenizer than that of --data={config.data}")
     turn(model, config.run, config.tau, config.max_latent)
+    config.documents = min(config.documents, len(data.tokens["val"]) // data.document)
     rows = answers(model, data, config.documents)
     shown = [[row["hops"] or "elsewhere", "" if row["accuracy"] is None else f"{row['accuracy']:.1%}",
               f"{row['steps']:.2f}"] for row in rows]
     print(table(["hops", "accuracy", "mean latent steps"], shown))
+    print(f"\n{config.documents} documents of the validation text")
     if config.json:
         content = {"settings": asdict(config), **about(), "rows": rows}
         write_whole(config.json, json.dumps(content, indent=1) + "\n")

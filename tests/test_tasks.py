@@ -80,9 +80,13 @@ def test_the_command(data, tmp_path, call, monkeypatch):
     shape = dict(n_layer=1, n_head=2, n_embd=16, n_ff=24, block_size=128, max_steps=1, global_batch_size=2,
                  eval_windows=2, device="cpu", tau=0.0)
     train(Train(data=str(data), out=str(tmp_path / "run"), **shape))
+    out, _ = call("tasks", tmp_path / "run", f"--data={data}")
+    said = int(out.split()[-6])
+    assert 2 < said < 50 and out.endswith(f"\n{said} documents of the validation text\n")  # all there are
     out, _ = call("tasks", tmp_path / "run", f"--data={data}", "--documents=4", "--max_latent=1",
                   f"--json={tmp_path}/hops.json")
     found = json.loads((tmp_path / "hops.json").read_text())
+    assert "\n4 documents" in out and found["settings"]["documents"] == 4
     assert "| elsewhere" in out and len(found["rows"]) == 5 and found["rows"][0]["steps"] == 1
     assert "--plot=x.txt" in call("tasks", tmp_path / "run", f"--data={data}", "--plot=x.txt", code=2)[1]
 
