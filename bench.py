@@ -158,9 +158,7 @@ class Contestant:
     A `twin` has the same config and lends its models, as not all of a large shape would fit on a GPU."""
 
     def __init__(self, bench: Bench, config: Config, mean_latent: float, batch: int, twin=None) -> None:
-        self.bench = bench
-        self.config = config
-        self.mean_latent = mean_latent
+        self.bench, self.config, self.mean_latent = bench, config, mean_latent
         self.device = pick_device(bench.device)
         self.model = twin.model if twin else make(config, self.device)
         self.decoder = twin.decoder if twin else make(config, self.device).eval()
@@ -308,8 +306,9 @@ def bench_speed(bench: Bench) -> tuple[str, dict]:
                  "peak MiB" if device.type == "cuda" else "kept MiB"], rows))
     print(f"\n{about()['machine']}, torch {torch.__version__}; {bench.batch} × {bench.block_size} tokens, "
           f"medians of {bench.rounds} alternating rounds, on CUDA of four training steps each; roof "
-          f"{roof / 1e12:.3f} TFLOP/s, copy {copy / 1e9:.1f} GB/s; adaptive is forced to a mean of latent steps; "
-          "decoding starts at half the context; kept: what a forward keeps for its backward, weights included")
+          f"{roof / 1e12:.3f} TFLOP/s, copy {copy / 1e9:.1f} GB/s; adaptive is forced to a mean of latent "
+          "steps; decoding starts at half the context; kept: what a forward keeps for its backward, weights "
+          "included")
     kind = device.type + ("-compiled" if compiles(bench.compile, device) else "")
     return f"speed-{kind}-{bench.n_layer}x{bench.n_embd}.json", {
         "roof": roof, "copy": copy, "batch": bench.batch, "context": bench.block_size, "methods": records}
@@ -369,6 +368,7 @@ READ = {"flops": "methods checkpoint mean_latent batch", "speed": "methods mean_
 
 def main() -> None:
     bench = configure(Bench, positional=("what",), default=TINY, also="train.py")
+    precision(pick_device(bench.device), bench.dtype)  # its checks
     machine = about()
     check_output(Path(bench.results) / "flops.json", "--results", make=True)
     with enough_memory(f"give less than --batch={bench.batch}, or a smaller shape"):

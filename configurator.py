@@ -127,15 +127,15 @@ def check_range(name: str, value, where: str) -> None:
 
 
 def check_read(settings, readers: dict[str, str], chosen: list[str], flag: str) -> None:
-    """Raises BadInput where a field was given that nothing reads which is chosen with `flag`. readers: all
-    that can be chosen → the fields that it reads and not all others do.
+    """Raises BadInput where a field does not stand at its default, and nothing reads it that is chosen with
+    `flag`. readers: all that can be chosen → the fields that it reads and not all others do.
     """
     read = " ".join(readers[name] for name in chosen).split()
     for own in fields(settings):
         by = [name for name, names in readers.items() if own.name in names.split()]
         plain = own.default if own.default is not MISSING else own.default_factory()
         if by and own.name not in read and getattr(settings, own.name) != plain:
-            raise BadInput(f"--{own.name} is not read here, but by {flag}{' or '.join(by)}")
+            raise BadInput(f"{own.name} is not read here, but by {flag}{' or '.join(by)}")
 
 
 # ------------------------------------------------------------------------------------------------- settings

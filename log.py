@@ -109,6 +109,11 @@ class Take(torch.autograd.Function):
 take = Take.apply
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the CPU to a device. On CUDA nothing waits for it; elsewhere its memory might go too early."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def pad(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Lists of tokens of any lengths → idx (B, T), padded on the right, and which of it is text (B, T)."""
     lengths = torch.tensor([len(text) for text in texts])

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from configurator import check_range
-from log import Cache, Entries, Log, States, attend, make_mask, pad, rope_table, rotate, spread, take
+from log import Cache, Entries, Log, States, attend, make_mask, pad, rope_table, rotate, send, spread, take
 
 CHUNK = 2**27  # logits that are kept, or made at once where a loss is wanted: half a gigabyte in fp32
 
@@ -295,7 +295,7 @@ class LLaMA(nn.Module):
             if not who:
                 continue
             speakers = [rows[i] for i in who]
-            index, prompt = torch.tensor([who, speakers]).to(device, non_blocking=True)
+            index, prompt = send(torch.tensor([who, speakers]), device)
             logits = self.head(h[index]).float()
             token = sample(logits, temperature, top_k or 0, top_p or 1.0, [dice[row] for row in speakers])
             prob = logits.softmax(1).gather(1, token[:, None]).squeeze(1)
@@ -325,7 +325,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, dice: l
     share, token = logits.softmax(1).topk(min(top_k or logits.size(1), logits.size(1)), 1)  # likeliest first
     before = share.cumsum(1) - share
     mass = share.where(before < top_p * share.sum(1, keepdim=True), 0).cumsum(1)
-    draws = torch.stack([torch.rand(1, generator=die) for die in dice]).to(mass.device, non_blocking=True)
+    draws = send(torch.stack([torch.rand(1, generator=die) for die in dice]), mass.device)
     return token.gather(1, torch.searchsorted(mass, draws * mass[:, -1:])).squeeze(1)
 
 

@@ -83,8 +83,9 @@ def answers(model, data, documents: int) -> list[dict]:
     for h in range(1, HOPS + 1):
         here = F.pad(idx[:, :-2] == data.tokenizer.encode(str(h))[0], (1, 0))  # the symbol behind the number
         asked |= here
-        rows.append({"hops": h, "accuracy": right[here].double().mean().item(),
-                     "steps": steps[here].double().mean().item()})
+        if here.any():
+            rows.append({"hops": h, "accuracy": right[here].double().mean().item(),
+                         "steps": steps[here].double().mean().item()})
     return [*rows, {"hops": None, "accuracy": None, "steps": steps[~asked].double().mean().item()}]
 
 
@@ -109,7 +110,7 @@ def main() -> None:
     print(f"\n{config.documents} documents of the validation text")
     if config.json:
         content = {"settings": asdict(config), **about(), "rows": rows}
-        write_whole(config.json, json.dumps(content, indent=1) + "\n")
+        write_whole(config.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
     if config.plot:
         figures.save(figures.steps_against_hops(rows), config.plot)
 

@@ -35,6 +35,7 @@ from common import (BadInput, about, autocast, configure, enough_memory, load_ch
 from costs import forward_flops, training_flops
 from fast import compile_training, compiles, fuse_norms
 from init_from import check_source, take_shape, take_weights
+from log import send
 from model import Config
 from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
@@ -213,7 +214,7 @@ def train(config: Train) -> dict:
             last = i + micro == first + share  # only then DDP averages gradients over the processes
             with contextlib.nullcontext() if last or WORLD == 1 or sharded else wrapped.no_sync():
                 with autocast(device, config.dtype):
-                    o = wrapped(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+                    o = wrapped(send(x, device), send(y, device))
                 (o.loss * micro / share).backward()
             for name in sums:
                 sums[name] += getattr(o, name).detach() * micro / config.global_batch_size

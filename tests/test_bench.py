@@ -219,9 +219,10 @@ def test_kept_bytes_are_those_of_autograd():
     (["speed", "--rounds=0"], ["rounds"]),
     (["speed", "--dtype=float16"], ["float16"]),
     (["speed", "--device=abacus"], ["abacus"]),
+    (["memory", "--dtype=float16"], ["float16"]),
     (["growth", "--contexts", "256", "-5"], ["contexts"]),
-    (["growth", "--batch=4"], ["--batch", "flops or speed or memory"]),
-    (["memory", "--methods", "loop"], ["--methods", "flops or speed"]),
+    (["growth", "--batch=4"], ["batch", "flops or speed or memory"]),
+    (["memory", "--methods", "loop"], ["methods", "flops or speed"]),
     (["flops", "--data=x"], ["data"]),
     (["flops", "--n_layer=2", "--methods", "mor"], ["mor", "n_layer"]),
     (["flops", "--n_head=3"], ["n_head"])])

@@ -322,8 +322,8 @@ def test_a_figure_without_matplotlib_is_refused_before_the_work(compared, tmp_pa
 
 @pytest.mark.parametrize("arguments,words", [
     (["--budgets", "1", "99", "--parts", "pareto"], ["99", "max_latent 2"]),
-    (["--budgets", "1"], ["--budgets", "--parts pareto"]),
-    (["--rate_steps=1", "--parts", "tokens"], ["--rate_steps", "--parts rates"]),
+    (["--budgets", "1"], ["budgets", "--parts pareto"]),
+    (["--rate_steps=1", "--parts", "tokens"], ["rate_steps", "--parts rates"]),
     (["--budgets", "-1"], ["budgets"]),
     (["--budget=3"], ["3", "max_latent"]),
     (["--rates", "nan"], ["rates"]),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import NANOGPT, RANGES, BadInput, check_range, configure, reason, run
+from configurator import NANOGPT, RANGES, BadInput, check_range, check_read, configure, reason, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,6 +47,18 @@ def test_the_default_file_applies_where_none_is_named(tmp_path):
     (tmp_path / "b.py").write_text("rate = 3\n")
     assert configure(Settings, ["--rate=2"], default=tmp_path / "a.py") == Settings(steps=3, rate=2.0)
     assert configure(Settings, [str(tmp_path / "b.py")], default=tmp_path / "a.py") == Settings(rate=3.0)
+
+
+def test_what_nothing_reads_must_stand_at_its_default():
+    readers = {"walk": "steps names", "run": "steps rate", "rest": ""}
+    for chosen, own in ((["walk"], {"steps": 3, "names": []}), (["run", "walk"], {"rate": 3.0, "names": []}),
+                        (["rest"], {"steps": 10, "names": ["a", "b"], "limit": 3})):
+        check_read(Settings(**own), readers, chosen, "--parts ")
+    for chosen, own, words in ((["walk"], {"rate": 3.0}, "rate is not read here, but by --parts run"),
+                               (["rest"], {"steps": 3}, "steps .* by --parts walk or run"),
+                               (["run", "rest"], {"names": []}, "names .* by --parts walk")):
+        with pytest.raises(BadInput, match=words):
+            check_read(Settings(**own), readers, chosen, "--parts ")
 
 
 @pytest.mark.parametrize("argv,want", [
