@@ -31,8 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from baselines import METHODS
-from common import (BadInput, about, autocast, check_output, check_read, configure, enough_memory,
-                    load_checkpoint, measure_roof, pick_device, precision, run, table, timed, write_whole)
+from common import (BadInput, about, autocast, check_items, check_output, check_read, configure,
+                    enough_memory, load_checkpoint, measure_roof, pick_device, precision, run, table, timed,
+                    write_whole)
 from costs import (bytes_read, costs, counted, fitting, forward_flops, going_on, made_up_steps, make, memory,
                    training_flops)
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
@@ -64,15 +65,15 @@ class Bench(Config):
             self.mean_latent = min(1.5, self.max_latent)
         if self.method != "adaptive":
             raise ValueError(f"--method={self.method} is not read here; name the methods with --methods")
-        for name in [each for each in self.methods if each not in METHODS]:
-            raise ValueError(f"--methods holds {name!r}, but must hold some of {', '.join(METHODS)}")
+        check_items("methods", self.methods, METHODS)
         if not 0 <= self.mean_latent <= self.max_latent:
             raise ValueError(f"mean_latent is {self.mean_latent}, but at most {self.max_latent} is possible")
 
     def config_of(self, method: str) -> Config:
         """The shape of a method; ponder2 has one latent step, as its authors ran it."""
-        shape = {f.name: getattr(self, f.name) for f in fields(Config)} | {"method": method}
-        return Config(**shape | ({"max_latent": 1} if method == "ponder2" else {}))
+        most = 1 if method == "ponder2" else self.max_latent
+        shape = {f.name: getattr(self, f.name) for f in fields(Config)}
+        return Config(**shape | {"method": method, "max_latent": most})
 
 
 # ------------------------------------------------------------------------------------------------------ FLOPs
@@ -305,10 +306,9 @@ def bench_speed(bench: Bench) -> tuple[str, dict]:
                  "prefill tok/s", "decode tok/s, batch 1", "of bandwidth", "batch 16",
                  "peak MiB" if device.type == "cuda" else "kept MiB"], rows))
     print(f"\n{about()['machine']}, torch {torch.__version__}; {bench.batch} × {bench.block_size} tokens, "
-          f"medians of {bench.rounds} alternating rounds, on CUDA of four training steps each; roof "
-          f"{roof / 1e12:.3f} TFLOP/s, copy {copy / 1e9:.1f} GB/s; adaptive is forced to a mean of latent "
-          "steps; decoding starts at half the context; kept: what a forward keeps for its backward, weights "
-          "included")
+          f"medians of {bench.rounds} alternating rounds, on CUDA of four steps; roof {roof / 1e12:.3f} "
+          f"TFLOP/s, copy {copy / 1e9:.1f} GB/s; adaptive is forced to a mean of latent steps; decoding "
+          "starts at half the context; kept: what a forward keeps for its backward, weights included")
     kind = device.type + ("-compiled" if compiles(bench.compile, device) else "")
     return f"speed-{kind}-{bench.n_layer}x{bench.n_embd}.json", {
         "roof": roof, "copy": copy, "batch": bench.batch, "context": bench.block_size, "methods": records}

@@ -31,7 +31,8 @@ import torch
 
 import figures
 from baselines import METHODS, build
-from common import BadInput, about, check_output, check_read, configure, optional, run, table, write_whole
+from common import (BadInput, about, check_items, check_output, check_read, configure, optional, run, table,
+                    write_whole)
 from prepare import Data
 from schedule import OF_ADAPTIVE, Recipe
 
@@ -67,9 +68,8 @@ class Compare(Recipe):
         if self.method != "adaptive":
             raise ValueError(f"--method={self.method} is not read here; name the methods with --methods")
         self.methods = self.methods or list(KINDS)
-        for name, known in (("methods", KINDS), ("parts", PARTS)):
-            for value in [each for each in getattr(self, name) if each not in known]:
-                raise ValueError(f"--{name} holds {value!r}, but must hold some of {', '.join(known)}")
+        check_items("methods", self.methods, KINDS)
+        check_items("parts", self.parts, PARTS)
         check_read(self, PARTS, self.parts, "--parts ")
         for budget in (self.budget or 0, *self.budgets) if "adaptive" in self.methods else ():
             if budget > self.max_latent > 0:
@@ -261,8 +261,8 @@ def main() -> None:
                   for rate in settings.rates for kind in kinds.values()]
         runs.show("Learning rates (first seed):", trials, 1)
         ended = [run for run in trials if runs.finished[run]["val_loss"]]
-        for run in sorted(ended, key=lambda run: -runs.finished[run]["val_loss"]):  # the last is its best
-            kinds[run.who] = replace(kinds[run.who], learning_rate=run.learning_rate)
+        for run in sorted(ended, key=lambda run: runs.finished[run]["val_loss"], reverse=True):
+            kinds[run.who] = replace(kinds[run.who], learning_rate=run.learning_rate)  # its best comes last
 
     if "tokens" in settings.parts or "flops" in settings.parts:
         runs.show(f"At equal tokens ({seeds} seeds):", list(kinds.values()), seeds)

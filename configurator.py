@@ -17,7 +17,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -124,6 +124,13 @@ def check_range(name: str, value, where: str) -> None:
         allowed = low < value < high or value in ends
     if not allowed:
         raise BadInput(f"{where} is {value!r}, but must be {text}")
+
+
+def check_items(name: str, items: list[str], known: Iterable[str]) -> None:
+    """Raises BadInput where an item of the list in field `name` is not one of those that are known."""
+    for item in items:
+        if item not in known:
+            raise BadInput(f"--{name} holds {item!r}, but must hold some of {', '.join(known)}")
 
 
 def check_read(settings, readers: dict[str, str], chosen: list[str], flag: str) -> None:
