@@ -120,7 +120,7 @@ def pad(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     live = torch.arange(int(lengths.max())) < lengths[:, None]
     idx = torch.zeros(live.shape, dtype=torch.long)
     idx[live] = torch.tensor([token for text in texts for token in text], dtype=torch.long)
-    return idx.to(device), live.to(device)
+    return send(idx, device), send(live, device)
 
 
 def spread(packed: Tensor, idx: Tensor, live: Tensor | None) -> Tensor:
