@@ -79,21 +79,15 @@ class Bench(Config):
 # ------------------------------------------------------------------------------------------------------ FLOPs
 
 
-def trained_steps(path: Path, checkpoint: dict) -> float | None:
-    """Mean latent steps at the last evaluation: a checkpoint holds them, or else the log beside it."""
-    if "result" in checkpoint:
-        return checkpoint["result"].get("val_steps")
-    log = (path if path.is_dir() else path.parent) / "log.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    steps = [json.loads(line)["val_steps"] for line in lines if "val_steps" in line]
-    return steps[-1] if steps else None
-
-
 def bench_flops(bench: Bench) -> tuple[str, dict]:
     """Prints the table → the name of the results file, and what it is to hold."""
     if bench.checkpoint:
+        plain = configure(Bench, ["flops"], positional=("what",), default=TINY, also="train.py")
+        for name in (*(f.name for f in fields(Config)), "mean_latent"):
+            if getattr(bench, name) != getattr(plain, name):
+                raise BadInput(f"{name} is not read here, but that of --checkpoint={bench.checkpoint}")
         model, _, checkpoint = load_checkpoint(bench.checkpoint)
-        reached = trained_steps(Path(bench.checkpoint), checkpoint)
+        reached = checkpoint.get("result", {}).get("val_steps")
         if model.config.method != "adaptive" or reached is None:
             raise BadInput(f"{bench.checkpoint} is no adaptive model that was evaluated while it was trained")
         bench = replace(bench, mean_latent=reached, **asdict(model.config))

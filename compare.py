@@ -41,8 +41,8 @@ DIVERGED = 3  # train.py's exit code where a loss or a gradient is not finite
 NO_THOUGHTS = "no thoughts"  # a control: adaptive's embedding scale, but never a latent step
 ALL_STEPS = "all steps"  # another: every token takes every latent step
 KINDS = (*METHODS, NO_THOUGHTS, ALL_STEPS)
-# The tables, and the settings that only they read:
-PARTS = dict(rates="rates rate_steps", tokens="", flops="", pareto="budgets ks depths", lengths="lengths")
+PARTS = {"rates": "rates rate_steps", "tokens": "seeds", "flops": "seeds", "lengths": "seeds lengths",
+         "pareto": "seeds budgets ks depths"}  # the tables, and the settings that not all of them read
 HEAD = "run|tokens|training FLOPs|steps, training|steps, validation|validation loss|bits per byte".split("|")
 FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": ".2f", "val_loss": ".4f",
            "bits_per_byte": ".4f"}

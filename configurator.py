@@ -12,6 +12,7 @@ What is notable here:
 import ast
 import difflib
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -143,6 +144,17 @@ def check_read(settings, readers: dict[str, str], chosen: list[str], flag: str) 
         plain = own.default if own.default is not MISSING else own.default_factory()
         if by and own.name not in read and getattr(settings, own.name) != plain:
             raise BadInput(f"{own.name} is not read here, but by {flag}{' or '.join(by)}")
+
+
+def check_apart(settings, *names: str) -> None:
+    """Raises BadInput where two of these fields, each a path or a list of paths, name the same file."""
+    taken = {}  # path → its field
+    for name in names:
+        value = getattr(settings, name)
+        for path in filter(None, value if isinstance(value, list) else [value]):
+            other = taken.setdefault(os.path.realpath(path), name)
+            if other != name:
+                raise BadInput(f"--{other} and --{name} are both {path}, but must be two files")
 
 
 # ------------------------------------------------------------------------------------------------- settings

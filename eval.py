@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 import figures
 from analysis import analyze, draw, further_steps, print_tables
-from common import (BadInput, about, autocast, check_output, check_predictions, configure,
-                    enough_memory, load_checkpoint, pick_device, run, turn, write_whole)
+from common import (BadInput, about, autocast, check_apart, check_output, check_predictions, check_read,
+                    configure, enough_memory, load_checkpoint, pick_device, run, turn, write_whole)
 from costs import forward_flops
 from documents import encode, find_files, read_pieces
 from log import Cache, pad
@@ -46,6 +46,8 @@ from tokenizer import describe, dtype_of
 
 TAUS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # what --sweep tries; 0 always thinks to the end
 MOST = 1_000_000  # tokens of a run's own val.bin that are read, unless --max_tokens says otherwise
+READ = {"--text": "key separator", "--tasks": "num_fewshot include_path limit", "--analyze": "plot",
+        "--sweep": "plot"}  # settings that only these read
 SHARED = 32  # tokens that reading a context once must spare each row to be worth a second forward
 
 
@@ -73,10 +75,8 @@ class Eval:
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
 
     def __post_init__(self) -> None:
-        if self.plot and not (self.analyze or self.sweep):
-            raise ValueError("--plot wants --analyze or --sweep beside it")
-        if not self.tasks and (self.num_fewshot != [0] or self.limit is not None or self.include_path):
-            raise ValueError("--num_fewshot, --limit and --include_path want --tasks beside them")
+        check_read(self, READ, [flag for flag in READ if getattr(self, flag[2:])], "")
+        check_apart(self, "run", "text", "html", "plot", "json")
         self.tasks = [name for word in self.tasks for name in word.split(",") if name]
 
 

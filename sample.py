@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from common import BadInput, autocast, check_output, check_predictions, configure, load_checkpoint
-from common import pick_device, precision, reason, run, turn, write_whole
+from common import (BadInput, autocast, check_apart, check_output, check_predictions, configure,
+                    load_checkpoint, pick_device, precision, reason, run, turn, write_whole)
 from documents import cut, encode
 from fast import compile_ticks, compiles, lay_out
 from model import LLaMA
@@ -136,6 +136,7 @@ def show(pieces: Iterable[Piece], colours: bool, dim: bool = False) -> None:
 def main() -> None:
     config = configure(Sample, positional=("run", "prompt"))
     device = pick_device(config.device)
+    check_apart(config, "run", "prompt_file", "html")
     if config.html:
         check_output(config.html, "--html")
     model, tokenizer, _ = load_checkpoint(config.run, device)

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 
 import figures
-from common import (BadInput, about, check_output, configure, load_checkpoint, pick_device, run, table, turn,
-                    write_whole)
+from common import (BadInput, about, check_apart, check_output, configure, load_checkpoint, pick_device, run,
+                    table, turn, write_whole)
 from prepare import Data
 from tokenizer import describe, same_tokens
 
@@ -91,6 +91,7 @@ def answers(model, data, documents: int) -> list[dict]:
 
 def main() -> None:
     config = configure(Tasks, positional=("run",))
+    check_apart(config, "run", "json", "plot")
     if config.json:
         check_output(config.json, "--json")
     if config.plot:

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from baselines import build
-from common import (BadInput, about, autocast, configure, enough_memory, load_checkpoint, measure_roof,
-                    optional, pick_device, precision, run, save_checkpoint, write_whole)
+from common import (BadInput, about, autocast, check_read, configure, enough_memory, load_checkpoint,
+                    measure_roof, optional, pick_device, precision, run, save_checkpoint, write_whole)
 from costs import forward_flops, training_flops
 from fast import compile_training, compiles, fuse_norms
 from init_from import check_source, take_shape, take_weights
@@ -63,10 +63,8 @@ class Train(Recipe):
         if self.max_latent == 0 or self.method != "adaptive":
             self.budget = None  # nothing to steer
             self.lam = 0.0
-            for name in OF_ADAPTIVE:
-                if getattr(self, name):
-                    raise ValueError(f"--{name}={getattr(self, name)} turns nothing where no router decides: "
-                                     "it wants --method=adaptive and a max_latent of 1 or more")
+            reader = "--method=adaptive with a max_latent of 1 or more"
+            check_read(self, {reader: " ".join(OF_ADAPTIVE)}, [], "")
         if self.budget is not None and not 0 <= self.budget <= self.max_latent:
             raise ValueError(f"budget is {self.budget}, but must lie in [0, max_latent {self.max_latent}]")
 

@@ -324,6 +324,7 @@ def test_a_figure_without_matplotlib_is_refused_before_the_work(compared, tmp_pa
     (["--budgets", "1", "99", "--parts", "pareto"], ["99", "max_latent 2"]),
     (["--budgets", "1"], ["budgets", "--parts pareto"]),
     (["--rate_steps=1", "--parts", "tokens"], ["rate_steps", "--parts rates"]),
+    (["--seeds=2", "--parts", "rates"], ["seeds", "--parts tokens"]),
     (["--budgets", "-1"], ["budgets"]),
     (["--budget=3"], ["3", "max_latent"]),
     (["--rates", "nan"], ["rates"]),

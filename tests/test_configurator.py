@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from configurator import NANOGPT, RANGES, BadInput, check_range, check_read, configure, reason, run
+from configurator import (NANOGPT, RANGES, BadInput, check_apart, check_range, check_read, configure, reason,
+                          run)
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,6 +60,15 @@ def test_what_nothing_reads_must_stand_at_its_default():
                                (["run", "rest"], {"names": []}, "names .* by --parts walk")):
         with pytest.raises(BadInput, match=words):
             check_read(Settings(**own), readers, chosen, "--parts ")
+
+
+def test_files_that_are_named_twice_are_refused(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    check_apart(Settings(run="", names=[]), "run", "names")
+    check_apart(Settings(run=f"{tmp_path}/a", names=[f"{tmp_path}/b", f"{tmp_path}/b"]), "run", "names")
+    for same in (f"{tmp_path}/a", f"{tmp_path}/x/../a", f"{tmp_path}/link"):
+        with pytest.raises(BadInput, match="--run and --names are both .*, but must be two files"):
+            check_apart(Settings(run=f"{tmp_path}/a", names=["b", same]), "run", "names")
 
 
 @pytest.mark.parametrize("argv,want", [
