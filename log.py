@@ -32,6 +32,7 @@ FAR = 2**30  # the order of an empty seat: later than every real state, so that 
 BLOCK = 128  # FlexAttention computes or skips so many queries × so many keys at once
 SEATS = {"cuda": BLOCK}  # A is a multiple of this there: few shapes to compile for and to allocate
 WRITTEN_OUT = 2**22  # most entries of a mask that is written out on a GPU; beyond, FlexAttention skips blocks
+NARROWEST = 16  # width of a head that FlexAttention takes
 
 
 @dataclass
@@ -274,7 +275,8 @@ def make_mask(states: States, log: Log) -> Tensor | BlockMask | None:
         return None
     order, column = log.order[:, log.last :], log.column[:, log.last :]  # (B, A)
     large = states.A >= BLOCK and states.B * states.A * log.size > WRITTEN_OUT
-    if order.is_cuda and large and not broken_compiler(order.device):
+    wide = any(entries.held.size(3) >= NARROWEST for entries in log.entries.values())
+    if order.is_cuda and large and wide and not broken_compiler(order.device):
         return block_mask(order, column, log.order, log.column)
     return additive_mask(order, column, log.order, log.column)
 

@@ -29,7 +29,7 @@ def long(method="adaptive", **settings):
     return make(method, **{"n_embd": 64, "block_size": 320} | settings)
 
 
-@pytest.mark.parametrize("tau,shape", [(0.0, {}), (0.25, {"n_kv_head": 2}), (0.4, {})])
+@pytest.mark.parametrize("tau,shape", [(0.0, {}), (0.25, {"n_kv_head": 2}), (0.4, {"n_head": 8})])
 @pytest.mark.parametrize("flex", [False, True])
 def test_packed_is_dense_masked(device, tau, shape, flex, monkeypatch):
     """With masks written out, as for small passes, and as large ones go: FlexAttention, compiled blocks."""
