@@ -298,7 +298,7 @@ def block_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Ten
         seen = (key_order[b, k] <= order[b, q]) & (key_column[b, k] <= column[b, q])
         return seen & (order[b, q] < FAR)
 
-    make = compiled_block_mask if order.is_cuda else create_block_mask
+    make = compiled(create_block_mask) if order.is_cuda else create_block_mask
     sizes = order.size(0), None, order.size(1), key_order.size(1)
     return make(mask_mod, *sizes, device=order.device, BLOCK_SIZE=BLOCK)
 
@@ -312,8 +312,12 @@ def broken_compiler(device: torch.device) -> Exception | None:
         return error
 
 
-compiled_block_mask = torch.compile(create_block_mask, dynamic=True)
-compiled_flex_attention = torch.compile(flex_attention, dynamic=True)
+@cache
+def compiled(function: Callable) -> Callable:
+    """Compiled for any sizes, when first asked for: the import of the compiler takes seconds."""
+    return torch.compile(function, dynamic=True)
+
+
 FLEX = {"fwd_num_warps": 8, "fwd_BLOCK_N": 64,  # by default a block's addresses and scores spill registers
         "bwd_num_warps": 4, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64}
 
@@ -328,7 +332,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
         causal = True
     if isinstance(mask, BlockMask):
         options = FLEX if q.element_size() == 2 and q.size(3) <= 128 else None  # shared memory
-        y = compiled_flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=options)
+        flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+        y = flex(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=options)
     else:
         mask = None if mask is None else mask.to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)

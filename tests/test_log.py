@@ -1,5 +1,9 @@
 """The log: chunks, empty seats, the one rule as a dense and as a block mask, copies of rows."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +14,10 @@ import model as model_module
 from baselines import METHODS
 from conftest import text
 from conftest import uneven as make
-from log import FAR, FLEX, Cache, Log, States, additive_mask, block_mask, flex_attention, make_mask
+from log import (FAR, FLEX, Cache, Log, States, additive_mask, attend, block_mask, flex_attention,
+                 make_mask)
 
+ROOT = Path(__file__).parent.parent
 EXACT = [name for name in METHODS if name != "ponder2"]  # which in parallel approximates its decoding
 
 
@@ -190,6 +196,29 @@ def test_flex_attention_is_compiled_once_for_all_lengths():
         out = attention(q, k, v, block_mask=blocks, kernel_options=FLEX)
         torch.testing.assert_close(out, dense, atol=1e-5, rtol=1e-5)
     assert mask_counter.frame_count == counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_attend_takes_flex_attention_alone_and_within_a_compiled_block(monkeypatch):
+    order = torch.arange(150).expand(2, 150)
+    zero = torch.zeros_like(order)
+    q, k, v = torch.randn(2, 150, 4, 16), *torch.randn(2, 2, 150, 2, 16)
+    want = attend(q, k, v, additive_mask(order, zero, order, zero))
+    mask = block_mask(order, zero, order, zero)
+    counter = CompileCounterWithBackend("aot_eager")
+    whole = torch.compile(attend, dynamic=True, fullgraph=True, backend=counter)
+    torch.testing.assert_close(whole(q, k, v, mask), want)
+    assert counter.frame_count == 1
+    asked = []
+    monkeypatch.setattr(log_module, "compiled", lambda function: asked.append(function) or function)
+    torch.testing.assert_close(attend(q, k, v, mask), want)
+    assert asked == [flex_attention]
+
+
+def test_the_compiler_is_not_imported_before_it_is_asked_for():
+    """It takes longer than all else that a script imports."""
+    code = "import sys, eval, sample, compare, bench; sys.exit('torch._inductor.compile_fx' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("method", METHODS)
