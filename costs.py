@@ -9,6 +9,7 @@ What is notable here:
 
 import math
 import random
+from bisect import bisect_left
 
 import torch
 import torch.nn as nn
@@ -206,7 +207,7 @@ def memory(model: LLaMA, batch: int, world: int, checkpointing: bool, low: bool 
 
 def fitting(size: float, **settings) -> int:
     """The largest micro-batch whose peak stays below `size` bytes; settings: what memory takes but batch."""
-    batch = 0
-    while sum(memory(batch=batch + 1, **settings).values()) < size:
-        batch += 1
-    return batch
+    def peak(batch: int) -> float:
+        return sum(memory(batch=batch, **settings).values())
+
+    return bisect_left(range(1, 2**40), size, key=peak)
