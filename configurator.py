@@ -264,8 +264,8 @@ def _parse(texts: list[str], kind, key: str, where: str):
     if typing.get_origin(kind) is list:
         return [_parse([text], typing.get_args(kind)[0], key, where) for text in texts]
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if type(None) in kinds and texts[0] in ("None", "none"):
-        return None
+    if type(None) in kinds and kinds[0] is not str and texts[0] in ("None", "none"):
+        return None  # a text may be that word
     wanted = {int: "a whole number", float: "a number", bool: "True or False", str: "one text"}[kinds[0]]
     try:
         if len(texts) > 1:

@@ -114,6 +114,12 @@ def test_top_k_0_is_off(checkpoint, shown):
     assert off[0] == off[1] == off[2] != one
 
 
+def test_none_is_a_prompt_like_others(checkpoint, shown):
+    for words in (["None"], ["--prompt=none"]):
+        said = shown(checkpoint, *words, "--max_new_tokens=1", "--plain")[0]
+        assert said.lower().startswith("none")
+
+
 def test_prompts_from_a_file_and_from_standard_input(checkpoint, shown, tmp_path):
     (tmp_path / "prompt.txt").write_text("import ")
     out, _ = shown(checkpoint, f"--prompt_file={tmp_path}/prompt.txt", "--max_new_tokens=5")
