@@ -6,6 +6,7 @@ What is notable here:
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +39,9 @@ def train_bpe(files: list[Path], config, pattern: str) -> dict[bytes, int]:
     vocabulary = learner.get_vocab()
     for token in sorted(vocabulary, key=vocabulary.get):  # in the order in which they were merged
         ranks.setdefault(bytes(letters[letter] for letter in token), len(ranks))
+    if len(ranks) + 1 < int(size):
+        print(f"prepare.py: {config.tokenizer} has only {len(ranks) + 1} tokens: the text holds no more "
+              "pairs", file=sys.stderr)
     return ranks
 
 
@@ -68,7 +72,7 @@ def beginnings(files: list[Path], config) -> Iterator[tuple[str, int, bool]]:
     for path in files:
         text, size, digest = "", 0, hashlib.sha256()
         for piece in read_pieces(path, config.key, config.separator.replace("\\n", "\n")):
-            new = (piece.text or "").encode("utf-8", "replace")
+            new = (piece.text or "").encode()
             digest.update(new)
             text += new.decode()[: EACH - len(text)]
             size += len(piece.text or "")

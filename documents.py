@@ -23,6 +23,7 @@ TEXT = set(
     ".yaml .yml .csv .tsv .xml .sql .lua .jl .scala .swift .kt".split())
 RECORDS = {".jsonl", ".parquet"}  # each record is a document
 PIECE = 2**18  # characters of a piece; tiktoken's patterns give up at about a million blanks in a row
+SURROGATE = re.compile("[\ud800-\udfff]")  # alone, as JSON may have it, no character
 CUT = re.compile(r"(?<=\S\n)(?=\w)|(?<=\S)(?= [^\W\d_])")  # where every tokenizer's pattern begins a new word
 
 
@@ -58,6 +59,14 @@ def find_files(inputs: list[str]) -> list[Path]:
         else:
             raise BadInput(f"{path} does not exist; want files or folders of text")
     return files
+
+
+def check_settings(files: list[Path], key: str, separator: str) -> None:
+    """Raises BadInput where a key or a separator is given, and none of the files is read by it."""
+    if key != "text" and not any(kind(path) in RECORDS for path in files):
+        raise BadInput(f"--key={key} is not read here: it is of .jsonl and .parquet, and no file is one")
+    if separator and all(kind(path) in RECORDS for path in files):
+        raise BadInput(f"--separator={separator} is not read here: it is of text files, and no file is one")
 
 
 def standard_library() -> list[Path]:
@@ -170,7 +179,7 @@ def _record(line: bytes, key: str, where: str) -> str | None:
     text = record.get(key, 0) if isinstance(record, dict) else 0
     if not isinstance(text, str | None):
         raise BadInput(f"{where}: no text under {key!r}; --key names the field that holds it")
-    return text
+    return SURROGATE.sub("\ufffd", text or "")  # as tiktoken does
 
 
 def _parquet(path: Path, key: str) -> Iterator[Piece]:
@@ -183,11 +192,9 @@ def _parquet(path: Path, key: str) -> Iterator[Piece]:
         rows += len(batch)
         read = path.stat().st_size * rows // file.metadata.num_rows
         for text in batch.column(0).to_pylist():
-            if isinstance(text, bytes):
-                text = _decoded(text)
-            if not isinstance(text, str | None):
+            if not isinstance(text, str | bytes | None):
                 raise BadInput(f"{path}: the column {key!r} holds no text; --key names the column that does")
-            yield from _pieces(text, read)
+            yield from _pieces(_decoded(text) if isinstance(text, bytes) else text or "", read)
 
 
 def _decoded(content: bytes) -> str | None:

@@ -37,7 +37,7 @@ from analysis import analyze, draw, further_steps, print_tables
 from common import (BadInput, about, autocast, check_apart, check_output, check_predictions, check_read,
                     configure, enough_memory, load_checkpoint, pick_device, run, turn, write_whole)
 from costs import forward_flops
-from documents import encode, find_files, read_pieces
+from documents import check_settings, encode, find_files, read_pieces
 from log import Cache, pad
 from model import LLaMA
 from page import explain, html_page
@@ -106,6 +106,7 @@ def read_text(paths: list[str], tokenizer, key="text", separator="", most: int |
 
 def read_parts(paths: list[str], tokenizer, key: str, separator: str) -> Iterator[np.ndarray]:
     """The tokens of each .bin, and of each piece of a document, in order."""
+    check_settings(find_files([path for path in paths if not path.endswith(".bin")]), key, separator)
     for path in paths:
         if path.endswith(".bin"):
             yield read_bin(Path(path), tokenizer)
@@ -258,10 +259,10 @@ def exp(x: float) -> float:
 
 
 def perplexity(model: LLaMA, tokenizer, ids: np.ndarray, config: Eval) -> tuple[dict, Tensor]:
-    """The same, and per word and per byte: the nats of all tokens, over the text's words and bytes."""
+    """The same, and per word and per byte, of all tokens but the first, which nothing predicts."""
     summary, said = score_text(model, ids, config, "perplexity", config.analyze)
     end, words, size = tokenizer.eot_token, 0, 0
-    for first, last in itertools.pairwise([0, *np.flatnonzero(ids == end).tolist(), len(ids)]):
+    for first, last in itertools.pairwise([1, *np.flatnonzero(ids == end).tolist(), len(ids)]):
         text = tokenizer.decode_bytes([i for i in ids[first:last].tolist() if i != end])
         words += len(text.decode("utf-8", "replace").split())
         size += len(text)

@@ -35,8 +35,8 @@ from tqdm import tqdm
 from bpe import train_bpe
 from common import BadInput, configure, reason, run, unusable
 from documents import (  # noqa: F401
-    RECORDS, Hashes, Piece, encode, find_files, kind, read_documents, read_pieces, standard_library,
-    validates)
+    RECORDS, Hashes, Piece, check_settings, encode, find_files, kind, read_documents, read_pieces,
+    standard_library, validates)
 from tokenizer import (END, GPT2_PATTERN, describe, dtype_of, get_tokenizer, make_tokenizer, ranks_to_text,
                        restore_tokenizer)
 
@@ -92,7 +92,7 @@ class Writer:
         """Takes the next piece of a document."""
         document = self.document = self.document or Document(path, self.folder)
         text = piece.text or ""
-        content = text.encode("utf-8", "replace")
+        content = text.encode()
         document.digest.update(content)
         document.bytes += len(content)
         document.blank = document.blank and not text.strip()
@@ -202,9 +202,13 @@ def prepare(config: Prepare) -> Path:
     """Writes the folder and returns it. Raises BadInput; then nothing has been written."""
     if config.task not in ("", "hops"):
         raise BadInput(f"--task={config.task} is not known; want hops")
-    if config.task and (config.input or config.separator or config.tokenizer != "bytes"):
-        raise BadInput("--task makes its own text, of bytes: leave --input, --separator and --tokenizer out")
+    read = config.input or config.separator or config.key != "text" or config.tokenizer != "bytes"
+    if config.task and read:
+        raise BadInput("--task makes its own text, of bytes: leave --input, --key, --separator and --tokenizer "
+                       "out")
     files = find_files(config.input) if config.input else [] if config.task else standard_library()
+    if not config.task:
+        check_settings(files, config.key, config.separator)
     source = Path([*config.input, config.task or "python"][0]).resolve().name
     name = config.name or source.lstrip(".").split(".")[0]
     if not name or name.startswith(".") or Path(name).name != name:

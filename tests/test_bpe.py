@@ -42,6 +42,13 @@ def test_it_is_lossless_shorter_and_as_large_as_wanted(tmp_path):
     assert len(longest) > 5 and data.tokenizer.encode_ordinary(longest.decode()) == [tokens.index(longest)]
 
 
+def test_fewer_tokens_than_were_wanted_are_spoken_of(tmp_path, capsys):
+    folder = write(tmp_path / "texts", TEXTS)
+    assert data_of(folder, 300).tokenizer.n_vocab == 300 and "only" not in capsys.readouterr().err
+    found = data_of(folder, 5000).tokenizer.n_vocab
+    assert found < 5000 and f"bpe:5000 has only {found} tokens" in capsys.readouterr().err
+
+
 def test_the_same_text_gives_the_same_ranks(tmp_path, capsys):
     folder = write(tmp_path / "texts", TEXTS)
     data_of(folder)

@@ -4,14 +4,16 @@ import gzip
 import json
 import random
 import tracemalloc
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import documents
 from common import BadInput
-from documents import Hashes, cut, encode, find_files, read_documents, read_pieces
-from tokenizer import GPT2_PATTERN, make_tokenizer
+from documents import Hashes, check_settings, cut, encode, find_files, read_documents, read_pieces
+from tokenizer import GPT2_PATTERN, get_tokenizer, make_tokenizer
 
 DOCUMENTS = [f"document {i}: naïve 思考 {'x' * (i % 7)}\n" for i in range(80)]
 BYTES = {bytes([i]): i for i in range(256)}
@@ -69,8 +71,8 @@ def test_parquet(tmp_path):
     columns = {"text": [*DOCUMENTS, None], "raw": [d.encode() for d in DOCUMENTS] + [b"\xff"],
                "number": list(range(len(DOCUMENTS) + 1))}
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-    for key in ("text", "raw"):
-        assert [*read_documents(tmp_path / "a.parquet", key)] == [*DOCUMENTS, None]
+    for key, last in (("text", ""), ("raw", None)):  # nothing; no UTF-8
+        assert [*read_documents(tmp_path / "a.parquet", key)] == [*DOCUMENTS, last]
     pieces = [*read_pieces(tmp_path / "a.parquet")]
     assert pieces[-1].read == (tmp_path / "a.parquet").stat().st_size
     wrong = {"body": "'body' among text, raw, number; --key", "number": "'number' holds no text; --key"}
@@ -92,11 +94,29 @@ def test_a_missing_package_is_named(name, tmp_path, monkeypatch):
 
 def test_what_is_no_text_is_none_and_the_rest_is_kept(tmp_path):
     lines = [b'{"text": "a"}', b"", b'{"text": null}', b'{"text": "\xff"}\r', b'{"text": "b"}']
-    assert read(tmp_path / "a.jsonl", b"\n".join(lines)) == ["a", None, None, "b"]
+    assert read(tmp_path / "a.jsonl", b"\n".join(lines)) == ["a", "", None, "b"]
     assert read(tmp_path / "a.txt", b"a|\xff|b|\0|c", separator="|") == ["a", None, "b", None, "c"]
     assert read(tmp_path / "a.txt", "naïve".encode("latin-1")) == [None]
     assert read(tmp_path / "a.txt", "naïve".encode("utf-16")) == [None]
     assert read(tmp_path / "a.txt", b"") == [""] and read(tmp_path / "a.jsonl", b"") == []
+
+
+def test_half_a_surrogate_is_what_tiktoken_makes_of_it(tmp_path):
+    """So bytes are counted as they are encoded, and bits per byte are right; a whole pair is a character."""
+    assert read(tmp_path / "a.jsonl", rb'{"text": "a \ud83d b \ud83d\ude00"}') == ["a \ufffd b \U0001f600"]
+    tokenizer = get_tokenizer("bytes")
+    assert tokenizer.decode(tokenizer.encode_ordinary("a \ud83d b")) == "a \ufffd b"
+
+
+@pytest.mark.parametrize("names,settings,words", [
+    (["a.txt", "b.md.gz"], {"key": "body"}, "--key=body is not read here"),
+    (["a.jsonl", "b.parquet"], {"separator": "|"}, r"--separator=\| is not read here"),
+    (["a.txt", "b.jsonl"], {"key": "body", "separator": "|"}, None),
+    (["a.jsonl"], {}, None), (["a.txt"], {}, None)])
+def test_a_setting_that_reads_none_of_the_files_is_refused(names, settings, words):
+    settings = {"key": "text", "separator": ""} | settings
+    with pytest.raises(BadInput, match=words) if words else nullcontext():
+        check_settings([Path(name) for name in names], **settings)
 
 
 def test_a_byte_order_mark_is_dropped(tmp_path):

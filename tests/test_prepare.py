@@ -176,7 +176,7 @@ def test_what_is_not_text_is_skipped_counted_and_named(tmp_path, call):
     splits, meta = read(tmp_path / "data" / "mixed")
     assert meta["skipped"] == 4 and len(splits["train"] + splits["val"]) == 31 and "UTF-8: 4" in out
     named = [line for line in err.splitlines() if "skipped" in line]
-    assert len(named) == 3 and all(name in err for name in ("latin.txt", "binary.md", "null.jsonl"))
+    assert len(named) == 2 and all(name in err for name in ("latin.txt", "binary.md"))
 
 
 def test_a_document_that_tiktoken_cannot_encode_is_named_and_skipped(tmp_path, monkeypatch, call):
@@ -335,7 +335,7 @@ def test_preparing_again_is_harmless_and_never_overwrites(tmp_path, refused, cap
     before = {p: p.read_bytes() for p in folder.iterdir()}
     assert prepare.prepare(Prepare([path], out=str(tmp_path / "data"))) == folder
     assert "left as it is" in capsys.readouterr().out
-    for flags in (["--val_fraction=0.5"], ["--separator=x"], ["--key=body"]):
+    for flags in (["--val_fraction=0.5"], ["--key=body"]):
         line = refused(f"--input={path}", f"--out={tmp_path}/data", *flags)
         assert "other settings" in line and f"remove {folder}," in line and "--name" in line
     assert before == {p: p.read_bytes() for p in folder.iterdir()} and [*folder.parent.iterdir()] == [folder]
@@ -435,6 +435,8 @@ def test_a_hidden_file_gives_its_name(tmp_path):
     ("a.txt", b"text", ["--tokenizer="], ["--tokenizer", "empty"]),
     ("a.txt", b"text", ["--val_fraction=2"], ["val_fraction", "(0, 1)"]),
     ("a.txt", b"text", ["--val_fraction=nan"], ["val_fraction", "(0, 1)"]),
+    ("a.txt", b"text", ["--key=body"], ["--key=body", "not read"]),
+    ("a.jsonl", b'{"text": "x"}', ["--separator=|"], ["--separator=|", "not read"]),
     ("a.txt", b"text", ["--tokenzer=bytes"], ["tokenzer", "tokenizer"]),
     ("a.txt", b"text", ["--out="], ["--out", "empty"]),
     ("a.txt", b"text", ["--input="], ["--input", "empty"]),
