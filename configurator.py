@@ -183,7 +183,7 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
             key = key.replace("-", "_")
-            _check_known(key, kinds, word)
+            _check_known(key, kinds, word, free)
             texts = [text] if equals else _take(words, kinds[key])
             values[key] = _parse(texts, kinds[key], key, f"--{key}")
         elif word.endswith(".py") and (Path(word).exists() or not free):  # else a prompt
@@ -233,7 +233,14 @@ def _read(path: str | Path) -> list[tuple[str, list[str], str]]:
     return settings
 
 
-def _check_known(key: str, kinds: dict, where: str) -> None:
+def typed(argv: list[str] | None = None) -> set[str]:
+    """The settings that stand on the command line (default: sys.argv), as --key=value or --key value."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+
+
+def _check_known(key: str, kinds: dict, where: str, free: list[str] | None = None) -> None:
+    """free: the fields that bare arguments still fill, as a text that begins with -- cannot."""
     if key in kinds:
         return
     close = difflib.get_close_matches(key, kinds, 1)
@@ -242,6 +249,8 @@ def _check_known(key: str, kinds: dict, where: str) -> None:
         hint = f"what nanoGPT calls so is {NANOGPT[key]!r} here; "
     elif NANOGPT.get(key) == "":
         hint = "nothing here does what it does in nanoGPT; "
+    if free and not key.isidentifier():
+        hint = f"a {free[-1]} that begins with -- is given as --{free[-1]}=…; "
     raise BadInput(f"{where}: there is no setting {key!r}; {hint}--help lists all")
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from common import (BadInput, autocast, check_apart, check_output, check_predictions, configure,
+from common import (BadInput, autocast, check_apart, check_output, check_predictions, check_read, configure,
                     load_checkpoint, pick_device, precision, reason, run, turn, write_whole)
 from documents import cut, encode
 from fast import compile_ticks, compiles, lay_out
@@ -52,6 +52,11 @@ class Sample:
     device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
 
+    def __post_init__(self) -> None:
+        chance = "a --temperature above 0"
+        check_read(self, {chance: "top_k top_p seed"}, [chance] if self.temperature else [], "")
+        check_apart(self, "run", "prompt_file", "html")
+
 
 def say(text: str) -> None:
     print(f"sample.py: {text}", file=sys.stderr)
@@ -65,8 +70,10 @@ def read_prompt(config: Sample) -> str:
         return config.prompt
     try:
         if config.prompt_file:
-            return Path(config.prompt_file).read_text(encoding="utf-8-sig")
-        return "" if sys.stdin.isatty() else read_standard_input()
+            content = Path(config.prompt_file).read_bytes()
+        else:
+            content = b"" if sys.stdin.isatty() else read_standard_input()
+        return content.decode("utf-8-sig")  # with its ends of lines as they are
     except OSError as error:
         raise BadInput(f"--prompt_file {config.prompt_file} cannot be read: {reason(error)}") from None
     except UnicodeDecodeError:
@@ -74,13 +81,13 @@ def read_prompt(config: Sample) -> str:
         raise BadInput(f"{where} is not UTF-8 text, as prompts are") from None
 
 
-def read_standard_input() -> str:
+def read_standard_input() -> bytes:
     """All of it; where that takes time, it says what it waits for."""
     waiting = threading.Timer(1, say, ["waits for the end of standard input, which is to hold the prompt"])
     waiting.daemon = True
     waiting.start()
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read()
     finally:
         waiting.cancel()
 
@@ -136,7 +143,6 @@ def show(pieces: Iterable[Piece], colours: bool, dim: bool = False) -> None:
 def main() -> None:
     config = configure(Sample, positional=("run", "prompt"))
     device = pick_device(config.device)
-    check_apart(config, "run", "prompt_file", "html")
     if config.html:
         check_output(config.html, "--html")
     model, tokenizer, _ = load_checkpoint(config.run, device)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from configurator import (NANOGPT, RANGES, BadInput, check_apart, check_range, check_read, configure, reason,
-                          run)
+                          run, typed)
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +60,11 @@ def test_what_nothing_reads_must_stand_at_its_default():
                                (["run", "rest"], {"names": []}, "names .* by --parts walk")):
         with pytest.raises(BadInput, match=words):
             check_read(Settings(**own), readers, chosen, "--parts ")
+
+
+def test_what_was_typed_is_known():
+    words = ["--steps=3", "--num-fewshot", "0", "5", "config/a.py", "--fast"]
+    assert typed(words) == {"steps", "num_fewshot", "fast"}
 
 
 def test_files_that_are_named_twice_are_refused(tmp_path):

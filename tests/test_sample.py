@@ -16,6 +16,7 @@ from baselines import build
 from common import load_checkpoint, save_checkpoint
 from log import broken_compiler
 from model import Config
+from sample import Sample, read_prompt
 from tokenizer import get_tokenizer, make_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +129,13 @@ def test_prompts_from_a_file_and_from_standard_input(checkpoint, shown, tmp_path
     assert out.startswith("import ") and piped.stdout == out and "waits" not in piped.stderr
 
 
+def test_a_prompt_keeps_its_ends_of_lines_wherever_it_comes_from(tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\n")
+    monkeypatch.setattr(sys, "stdin", open(tmp_path / "prompt.txt"))
+    for settings in (Sample(prompt_file=f"{tmp_path}/prompt.txt"), Sample()):
+        assert read_prompt(settings) == "a\r\nb\n"
+
+
 def test_it_says_what_it_waits_for(checkpoint):
     """An open standard input that sends nothing: a line on stderr, and the text once it is closed."""
     script = [sys.executable, ROOT / "sample.py", checkpoint, "--max_new_tokens=5"]
@@ -164,6 +172,9 @@ def test_a_prompt_on_which_the_tokenizer_gives_up_is_one_line(shown, tmp_path, c
     (["a", "--temperature=1e-300"], ["temperature"]),
     (["a", "--top_p=0"], ["top_p"]),
     (["a", "--num_samples=0"], ["num_samples"]),
+    (["a", "--temperature=0", "--top_k=3"], ["top_k is not read", "--temperature above 0"]),
+    (["a", "--temperature=0", "--seed=3"], ["seed is not read"]),
+    (["--a prompt"], ["a prompt", "--prompt="]),
     (["a", "--seed=-1"], ["seed"]),
     (["a", "--method=loop"], ["adaptive", "loop"]),
     (["a", "--html=/no/such/folder/x.html"], ["--html"]),
