@@ -51,7 +51,7 @@ class Bench(Config):
     rounds: int = 7  # speed, growth: rounds, each of which times every method once
     contexts: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])  # growth: block_size
     device: str = ""  # speed, growth: cpu, cuda or cuda:N; empty: cuda where there is one
-    dtype: str = ""  # bfloat16 or float32, of the matrix products; empty: what the device does well
+    dtype: str = ""  # speed, growth, memory: bfloat16 or float32, of matrix products; empty: what suits best
     compile: bool | None = None  # speed, growth: torch.compile; None: on CUDA only
     results: str = "results"  # folder for the JSON
 
@@ -356,8 +356,9 @@ def bench_memory(bench: Bench) -> tuple[str, dict]:
 
 
 BENCHES = {"flops": bench_flops, "speed": bench_speed, "growth": bench_growth, "memory": bench_memory}
-READ = {"flops": "methods checkpoint mean_latent batch", "speed": "methods mean_latent batch rounds",
-        "growth": "rounds contexts", "memory": "batch world"}  # settings that not all of them read
+READ = {"flops": "methods checkpoint mean_latent batch",  # settings that not all of them read
+        "speed": "methods mean_latent batch rounds device dtype compile",
+        "growth": "rounds contexts device dtype compile", "memory": "batch world dtype"}
 
 
 def main() -> None:

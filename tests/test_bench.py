@@ -221,6 +221,8 @@ def test_kept_bytes_are_those_of_autograd():
     (["speed", "--rounds=0"], ["rounds"]),
     (["speed", "--dtype=float16"], ["float16"]),
     (["speed", "--device=abacus"], ["abacus"]),
+    (["memory", "--compile"], ["compile", "speed or growth"]),
+    (["flops", "--device=cpu"], ["device", "speed or growth"]),
     (["memory", "--dtype=float16"], ["float16"]),
     (["growth", "--contexts", "256", "-5"], ["contexts"]),
     (["growth", "--batch=4"], ["batch", "flops or speed or memory"]),
