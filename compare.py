@@ -34,7 +34,7 @@ from baselines import METHODS, build
 from common import (BadInput, about, check_items, check_output, check_read, configure, optional, run, table,
                     write_whole)
 from prepare import Data
-from schedule import OF_ADAPTIVE, Recipe
+from schedule import OF_ADAPTIVE, STEERING, Recipe
 
 TRAIN = Path(__file__).with_name("train.py")
 DIVERGED = 3  # train.py's exit code where a loss or a gradient is not finite
@@ -215,10 +215,10 @@ class Runs:
         out = self.folder / run.folder
         often = max(1, run.max_steps // 10)
         values = {name: getattr(self.settings, name) for name in TRAINED} | asdict(run)
-        values |= {name: type(values[name])() for name in OF_ADAPTIVE if run.method != "adaptive"}  # off
+        unread = (*OF_ADAPTIVE, *STEERING) if run.method != "adaptive" or run.max_latent == 0 else ()
         values |= {"out": out, "eval_every": often, "save_every": often, "resume": (out / "ckpt.pt").exists()}
         scaling = [str(number) for number in values.pop("rope_scaling")]  # the one list
-        flags = [f"--{name}={value}" for name, value in values.items() if value != ""]
+        flags = [f"--{name}={value}" for name, value in values.items() if value != "" and name not in unread]
         flags += ["--rope_scaling", *scaling] if scaling else []
         threads = max(1, torch.get_num_threads() // self.settings.jobs)
         errors = Path(f"{out}.stderr")

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from common import BadInput
+from common import BadInput, typed
 from model import Config, LLaMA
 from prepare import Data
 from runs import say
@@ -37,8 +37,8 @@ def take_shape(config, source: Config):
     """
     shape = {name: getattr(source, name) for name in (*SHAPE, "embed_scale")}
     unset = Config()
-    unused = [f"{name} {getattr(config, name)}" for name in shape
-              if getattr(config, name) not in (shape[name], getattr(unset, name), 0)]
+    unused = [f"{name} {getattr(config, name)}" for name in shape if getattr(config, name) != shape[name]
+              and (name in typed() or getattr(config, name) not in (getattr(unset, name), 0))]
     if unused and not config.resume:
         say(f"the shape is that of {config.init_from}; set otherwise, and not used: {', '.join(unused)}")
     try:

@@ -32,6 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from common import BadInput, autocast, check_no_run, check_tensor, load_checkpoint, precision, reason
+from log import send
 from model import LLaMA
 from prepare import Data
 from shard import load_whole, local, resume_parts, shard
@@ -194,7 +195,7 @@ def evaluate(model: LLaMA, data: Data, config, micro: int, device: torch.device,
         counts = i < config.eval_windows  # one that has no windows left still takes part in each pass
         x, y = data.windows(config.eval_windows, slice(i, i + micro) if counts else slice(0, 1))
         with autocast(device, config.dtype):
-            o = model(x.to(device), y.to(device))
+            o = model(send(x, device), send(y, device))
         sums["nats"] = sums["nats"] + o.ce.to(zero.device) * y.numel() * counts
         sums["steps"] = sums["steps"] + o.steps.sum().to(zero.device) * counts
         sums["tokens"] = sums["tokens"] + y.numel() * counts

@@ -12,6 +12,7 @@ from torch import Tensor
 from model import AdaptiveLatentCoT, Config, LLaMA
 
 OF_ADAPTIVE = "explore", "exit_loss", "weigh_values"  # settings that nothing else reads, off by default
+STEERING = {"budget", "course", "lam", "beta", "tau", "router_bias"}  # likewise, but on by default
 
 
 @dataclass

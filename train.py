@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from baselines import build
 from common import (BadInput, about, autocast, check_read, configure, enough_memory, load_checkpoint,
-                    measure_roof, optional, pick_device, precision, run, save_checkpoint, write_whole)
+                    measure_roof, optional, pick_device, precision, run, save_checkpoint, typed,
+                    write_whole)
 from costs import forward_flops, training_flops
 from fast import compile_training, compiles, fuse_norms
 from init_from import check_source, take_shape, take_weights
@@ -41,9 +42,11 @@ from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
                   log_state, restore, say, say_stopped, waiting, write_log)
-from schedule import (OF_ADAPTIVE, BudgetController, Recipe, budget_at, exploration, learning_rate,
-                      make_optimizer, router_rate, seed_of)
+from schedule import (OF_ADAPTIVE, STEERING, BudgetController, Recipe, budget_at, exploration,
+                      learning_rate, make_optimizer, router_rate, seed_of)
 from shard import save_shared
+
+READER = "--method=adaptive with a max_latent of 1 or more"  # of OF_ADAPTIVE and STEERING
 
 
 @dataclass
@@ -63,8 +66,7 @@ class Train(Recipe):
         if self.max_latent == 0 or self.method != "adaptive":
             self.budget = None  # nothing to steer
             self.lam = 0.0
-            reader = "--method=adaptive with a max_latent of 1 or more"
-            check_read(self, {reader: " ".join(OF_ADAPTIVE)}, [], "")
+            check_read(self, {READER: " ".join(OF_ADAPTIVE)}, [], "")
         if self.budget is not None and not 0 <= self.budget <= self.max_latent:
             raise ValueError(f"budget is {self.budget}, but must lie in [0, max_latent {self.max_latent}]")
 
@@ -134,6 +136,8 @@ def train(config: Train) -> dict:
     board = Board(out, at.step) if config.tensorboard and RANK == 0 else None
     bar = tqdm(initial=at.step, total=config.max_steps, unit="step", dynamic_ncols=True, disable=hidden)
     sharded = config.shard and WORLD > 1
+    if config.shard and WORLD == 1:
+        say("--shard changes nothing here: there is one process, which holds all (see torchrun)")
     save = save_shared if sharded else save_checkpoint
     stop = Stop()
     stopping = False
@@ -284,6 +288,9 @@ def train(config: Train) -> dict:
 def main() -> None:
     with ends_with_the_others():
         config = configure(Train, default=TINY)
+        if config.method != "adaptive" or config.max_latent == 0:
+            for name in typed() & STEERING:  # a config file may hold them for adaptive's sake
+                raise BadInput(f"--{name} is not read here, but by {READER}")
         size = f"less than --micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
         ways = f"{size}, --checkpointing or, on several GPUs, --shard takes less and changes no number, also"
         with enough_memory(f"{ways} with --resume (but mor's balancing loss); else a smaller model"):

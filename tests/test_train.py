@@ -312,6 +312,19 @@ def test_a_run_begins_with_what_its_source_could(source, method, latent, sources
     assert load_checkpoint(tmp_path / "best.pt")[2]["result"]["val_loss"] == checkpoint["best"]
 
 
+def test_a_shape_that_was_typed_and_is_not_taken_is_named(sources, data, tmp_path, call):
+    """Also one at its default, as head_dim=0; what comes from nowhere but the defaults is not."""
+    words = [f"--init_from={sources}/tied", f"--data={data}", f"--out={tmp_path}", "--block_size=16"]
+    out, _ = call("train", *words, "--eval_windows=4", "--max_steps=1", "--head_dim=0", "--qkv_bias=False")
+    (line,) = [line for line in out.splitlines() if "not used" in line]
+    assert "head_dim 0" in line and "qkv_bias False" in line and "qk_norm" not in line
+
+
+def test_shards_of_one_process_are_spoken_of(data, tmp_path, call):
+    out, _ = call("train", *flags(data, tmp_path), "--shard", "--max_steps=1")
+    assert "--shard changes nothing here" in out
+
+
 def test_a_source_need_not_stay(sources, data, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(sources / "tied", source)
@@ -345,7 +358,11 @@ def test_what_cannot_be_started_from_is_one_line(sources, data, tmp_path, call):
     assert "another tokenizer (bytes) than that" in line and "--tokenizer=" in line
     flat = uneven("vanilla", n_layer=1, vocab_size=257)
     save_checkpoint(tmp_path / "flat.pt", flat, get_tokenizer("bytes"))
-    assert "mor needs" in refused(f"--init_from={tmp_path}/flat.pt", "--method=mor", "--n_layer=3")
+    config = Train(init_from=f"{tmp_path}/flat.pt", out=f"{tmp_path}/run", method="mor",
+                   **SMALL | dict(data=str(data), n_layer=3))
+    with pytest.raises(BadInput, match="mor needs"):
+        train(config)
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------ any number of processes
@@ -589,6 +606,7 @@ def refused(call):
     (["--method=mor"], ["mor", "n_layer"]),
     (["--method=loop", "--explore=2"], ["explore is not read", "--method=adaptive"]),
     (["--max_latent=0", "--weigh_values"], ["weigh_values is not read", "max_latent"]),
+    (["--max_latent=0", "--course=0.1"], ["not read here", "max_latent"]),
     (["--global_batch_size=4", "--micro_batch_size=3"], ["micro_batch_size", "divide"]),
     (["--block_size=100000"], ["window", "block_size"]),
     (["--vocab_size=100"], ["vocab_size", "257"]),
