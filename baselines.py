@@ -83,7 +83,7 @@ class Ponder(LLaMA):
     passes = Loop.passes
 
     def further_products(self, steps: Tensor, fed: Tensor) -> Tensor:
-        return 4.0 * self.max_latent * self.head.weight.numel() * fed.sum()  # a head, and the table
+        return 4.0 * self.max_latent * self.head.weight.numel() * fed.sum().double()  # a head, and the table
 
 
 class Ponder2(LLaMA):
@@ -183,7 +183,7 @@ class MoR(LLaMA):
             yield (fed & (steps >= r)).sum(1), (live & (steps >= r)).sum(1), len(self.blocks) - 2
 
     def further_products(self, steps: Tensor, fed: Tensor) -> Tensor:
-        return 2.0 * self.router.weight.numel() * fed.sum()
+        return 2.0 * self.router.weight.numel() * fed.sum().double()
 
 
 METHODS = {"vanilla": LLaMA, "adaptive": AdaptiveLatentCoT, "loop": Loop, "pause": Pause, "ponder": Ponder,

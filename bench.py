@@ -50,7 +50,7 @@ class Bench(Config):
     world: int = 8  # memory: processes, each with a GPU
     rounds: int = 7  # speed, growth: rounds, each of which times every method once
     contexts: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096])  # growth: block_size
-    device: str = ""  # speed, growth: cpu, cuda or cuda:N; empty: cuda where there is one
+    device: str = ""  # speed, growth: cpu, cuda, cuda:N or mps; empty: cuda where there is one
     dtype: str = ""  # speed, growth, memory: bfloat16 or float32, of matrix products; empty: what suits best
     compile: bool | None = None  # speed, growth: torch.compile; None: on CUDA only
     results: str = "results"  # folder for the JSON
@@ -101,7 +101,6 @@ def bench_flops(bench: Bench) -> tuple[str, dict]:
         record = {}
         if small:
             executed = make(config, "cpu", bench.mean_latent)
-            executed.train(config.exit_loss > 0 and name == "adaptive")  # else ponder2 would draw its rounds
             total, steps = counted(executed, *torch.randint(0, config.vocab_size, (2, B, T)))
             equal = total == float(training_flops(*forward_flops(executed, steps)))
             record = {"counted": total / B / T, "counted_equals_formula": equal}

@@ -71,11 +71,11 @@ def beginnings(files: list[Path], config) -> Iterator[tuple[str, int, bool]]:
     """Of each document: its first characters, how many it has, and whether it is to be validation text."""
     for path in files:
         text, size, digest = "", 0, hashlib.sha256()
-        for piece in read_pieces(path, config.key, config.separator.replace("\\n", "\n")):
-            new = (piece.text or "").encode()
-            digest.update(new)
-            text += new.decode()[: EACH - len(text)]
-            size += len(piece.text or "")
+        for piece in read_pieces(path, config.key, config.separator):
+            new = piece.text or ""
+            digest.update(new.encode())
+            text += new[: EACH - len(text)]
+            size += len(new)
             if piece.ends:
                 yield text, size, validates(digest.digest(), config.val_fraction)
                 text, size, digest = "", 0, hashlib.sha256()

@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from configurator import (RANGES, BadInput, answer_help, check_apart, check_items, check_range,  # noqa: F401
+from configurator import (BadInput, answer_help, check_apart, check_items, check_range,  # noqa: F401
                           check_read, configure, enough_memory, reason, run, typed, unusable)
 
 FORMAT = "nanoLatentCoT 1"

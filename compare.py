@@ -105,8 +105,8 @@ class Run:
     @property
     def who(self) -> str:
         """The method, or which of the controls it is."""
-        controls = {1.0: NO_THOUGHTS, 0.0: ALL_STEPS} if self.method == "adaptive" else {}
-        return controls.get(self.tau, self.method)
+        fixed = (self.method, self.budget, self.lam) == ("adaptive", None, 0.0)
+        return {1.0: NO_THOUGHTS, 0.0: ALL_STEPS}.get(self.tau, self.method) if fixed else self.method
 
     @property
     def folder(self) -> str:
@@ -144,7 +144,7 @@ class Runs:
             return
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
-            unset = {name: getattr(Recipe, name, []) for name in TRAINED}  # before there was a setting
+            unset = {name: getattr(Recipe, name, []) for name in TRAINED}  # of files older than a setting
             theirs, self.fingerprint = unset | stored["settings"], stored.get("fingerprint")
             for result in stored["runs"]:
                 self.finished[Run(**{f.name: result[f.name] for f in fields(Run)})] = result
@@ -254,7 +254,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = Runs(settings)
     seeds = settings.seeds
-    kinds = {who: plain_run(who, settings) for who in settings.methods}
+    kinds = {kind.who: kind for kind in (plain_run(who, settings) for who in settings.methods)}
 
     if "rates" in settings.parts:  # each at its own best learning rate, found on the first seed
         trials = [replace(kind, learning_rate=rate, max_steps=settings.rate_steps or settings.max_steps)

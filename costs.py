@@ -142,9 +142,9 @@ def costs(model: LLaMA, steps: Tensor) -> dict[str, float]:
         drawn.append(torch.stack(forward_flops(model, steps)))
     products, attention = (torch.stack(drawn).mean(0) / steps.numel()).tolist()
     blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
-    exits = isinstance(model, AdaptiveLatentCoT) and model.config.exit_loss > 0
-    heads = 1 + exits * float((steps + 1).mean())  # read in training: that of the loss, and of every exit's
-    passes = (products / 2 - heads * model.head.weight.numel()) / blocks
+    everywhere = torch.ones_like(steps, dtype=torch.bool)
+    outside = float(model.further_products(steps, everywhere)) / steps.numel()  # blocks and the last head
+    passes = ((products - outside) / 2 - model.head.weight.numel()) / blocks
     training = training_flops(products, attention)
     return {"training": training, "prefill": prefill, "passes": passes, "decode": decode}
 

@@ -90,7 +90,7 @@ def read_pieces(path: Path, key: str = "text", separator: str = "") -> Iterator[
     """The documents of one file, in order and in pieces. Raises BadInput for a broken file.
 
     key: the field of a .jsonl record or the column of a .parquet file. separator: what stands between the
-    documents of a text file; empty: the file is one document.
+    documents of a text file, \\n in it a line's end; empty: the file is one document.
     """
     try:
         if kind(path) == ".parquet":
@@ -98,7 +98,7 @@ def read_pieces(path: Path, key: str = "text", separator: str = "") -> Iterator[
         elif kind(path) == ".jsonl":
             yield from _jsonl(path, key)
         else:
-            yield from _text(path, separator.encode())
+            yield from _text(path, separator.replace("\\n", "\n").encode())
     except BadInput:
         raise
     except Exception as error:  # gzip, zstandard and pyarrow have many

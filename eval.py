@@ -71,7 +71,7 @@ class Eval:
     html: str = ""  # write the first 2,000 tokens here as a page that shows what was thought about them
     plot: str = ""  # draw what --analyze and --sweep find here (.png, .svg or .pdf)
     json: str = ""  # write all numbers here; empty: they are only printed
-    device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
+    device: str = ""  # cpu, cuda, cuda:N or mps; empty: cuda where there is one
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ def read_parts(paths: list[str], tokenizer, key: str, separator: str) -> Iterato
             continue
         for file in find_files([path]):
             tokens, blank, broken = [], True, False
-            for piece in read_pieces(file, key, separator.replace("\\n", "\n")):
+            for piece in read_pieces(file, key, separator):
                 new = None if broken or piece.text is None else encode(tokenizer, [piece.text])[0]
                 if new is None and not broken:
                     print(f"eval.py: {file}: left out from where a document is no text", file=sys.stderr)

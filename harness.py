@@ -35,7 +35,7 @@ except ImportError as error:
     raise BadInput(f"--tasks needs a newer lm-eval: pip install -U lm-eval ({reason(error)})") from None
 
 PLAIN = ("lambada_openai", "lambada_standard", "arc_easy", "piqa", "winogrande", "sciq", "race")
-NORMALIZED = ("arc_challenge", "hellaswag")  # acc_norm enters the average, a custom; the paper is silent
+NORMALIZED = ("arc_challenge", "hellaswag")  # averaged by acc_norm, as is customary; the paper does not say
 PAPER = dict.fromkeys(PLAIN, "acc,none") | dict.fromkeys(NORMALIZED, "acc_norm,none")  # its nine tasks
 
 

@@ -6,7 +6,8 @@
 What is notable here:
 * An imported model is a checkpoint as train.py writes it: sample.py, eval.py, train.py --init_from read it.
 * LLaMA 1 to 3, SmolLM, TinyLlama, Mistral, Qwen2 and Qwen3 differ in a few fields of Config. What a model has
-  beyond them is refused by its name: nothing is left out in silence.
+  beyond them is refused by its name: nothing is left out in silence. Its tokenizer must be byte-level BPE:
+  LLaMA 1 and 2 and TinyLlama, as they were published, do not come in.
 * Weights are copied tensor by tensor from mapped files: it takes no more than the model and one tensor.
 """
 
@@ -189,8 +190,8 @@ def import_model(config: HF) -> None:
                        f"{shape.vocab_size} of config.json")
     try:
         model = build(shape)
-    except ValueError as error:
-        raise BadInput(f"{source}/config.json: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{source}/config.json: {reason(error)}") from None
     copy_weights(model, source)
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -182,7 +182,7 @@ class Log:
         return self.entries["order"].held.size(1)
 
     def make_room(self, more: int) -> None:
-        """Squeezes out empty seats and makes room for `more` states, and for half of those that are there."""
+        """Squeezes out empty seats; makes room for `more` states, half of those there, or 64: the most."""
         full = self.entries["order"].held[:, : self.size] < FAR
         most = int(full.sum(1).max())
         chosen = full.int().sort(dim=1, descending=True, stable=True).indices[:, :most]  # full seats first

@@ -81,7 +81,7 @@ class Output:
     logits: Tensor | None  # (B, T, V); None: too many to keep beside the loss
     loss: Tensor | None  # ce + λ · ada, and ε · the loss of every exit (§4)
     ce: Tensor | None  # mean cross-entropy, nats per token
-    ada: Tensor | None  # mean of q^β · Σ_k r[t,k] (§4)
+    ada: Tensor | None  # mean of q^β · Σ_k r[t,k] (§4); of mor its balancing loss
     steps: Tensor  # (B, T) executed latent steps
     reach: Tensor  # (B, T, ℓ_max) r[t,k], k ≥ 1, of steps taken and of the first one refused; 0 beyond
     expected_steps: Tensor  # (B, T) Σ_{k≥1} r[t,k] of the steps taken, differentiable
@@ -219,12 +219,12 @@ class LLaMA(nn.Module):
 
     def nats(self, h: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy (N,); too many logits are made chunk by chunk, and again in the backward pass."""
-        n, parts = max(1, self.chunk // self.config.vocab_size), []
+        n = max(1, self.chunk // self.config.vocab_size)
         if len(h) <= n:
             return self.nats_of(self.head(h), targets)
-        for h, y in zip(h.split(n), targets.split(n)):
-            parts.append(checkpoint(lambda h, y: self.nats_of(self.head(h), y), h, y, use_reentrant=False))
-        return torch.cat(parts)
+        chunks = zip(h.split(n), targets.split(n))
+        nats = [checkpoint(self.nats, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(nats)
 
     @staticmethod
     def nats_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -273,8 +273,8 @@ class LLaMA(nn.Module):
         """Continues prompts, lists of tokens of any lengths: yields the rows that speak, tick by tick.
 
         temperature 0 takes the likeliest token; top_k None or 0 and top_p None are off. Row i draws with the
-        seed `seed` + i, or seed[i]: what it says depends on its prompt and its seed alone. The token `stop`
-        ends it. Of too long prompts the end counts; a full context goes on from its last half. ValueError."""
+        seed `seed` + i, or seed[i]: its text depends on its prompt and its seed alone, and ends at `stop`.
+        Of too long a prompt the end is read; a full context goes on from its last half. Raises ValueError."""
         device, context = self.embed.weight.device, self.config.block_size
         prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
         texts = [list(prompt)[-context:] for prompt in prompts]  # what the context of each row holds
@@ -359,7 +359,7 @@ class AdaptiveLatentCoT(LLaMA):
             if self.config.exit_loss and self.training:
                 cache.exits.append((h, index))
             wanted, live = self.onward(h, reach, states)
-            onward = wanted.where(live, 0)
+            onward = wanted.where(live, 0)  # r[t,k+1], but 0 of a token that halts: it keeps all its mass
             mixture.index_add_(0, index, (reach - onward)[:, None] * h.float())  # h̄ += p[t,k] h[t,k]
             if k == self.max_latent:
                 break
@@ -397,4 +397,4 @@ class AdaptiveLatentCoT(LLaMA):
 
     def further_products(self, steps: Tensor, fed: Tensor) -> Tensor:
         exits = self.head.weight.numel() if self.config.exit_loss and self.training else 0
-        return 2.0 * (self.config.n_embd + exits) * ((steps + 1) * fed).sum()
+        return 2.0 * (self.config.n_embd + exits) * ((steps + 1) * fed).sum().double()

@@ -34,9 +34,8 @@ from tqdm import tqdm
 
 from bpe import train_bpe
 from common import BadInput, configure, reason, run, unusable
-from documents import (  # noqa: F401
-    RECORDS, Hashes, Piece, check_settings, encode, find_files, kind, read_documents, read_pieces,
-    standard_library, validates)
+from documents import (RECORDS, Hashes, Piece, check_settings, encode, find_files, kind, read_pieces,
+                       standard_library, validates)
 from tokenizer import (END, GPT2_PATTERN, describe, dtype_of, get_tokenizer, make_tokenizer, ranks_to_text,
                        restore_tokenizer)
 
@@ -155,7 +154,7 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
         before = 0  # bytes of the files before this one
         for path in files:
             single = not config.separator and kind(path) not in RECORDS
-            for piece in read_pieces(path, config.key, config.separator.replace("\\n", "\n")):
+            for piece in read_pieces(path, config.key, config.separator):
                 writer.add(path, piece)
                 bar.update(before + piece.read - bar.n)
                 if single and END in (piece.text or ""):
@@ -204,10 +203,11 @@ def prepare(config: Prepare) -> Path:
         raise BadInput(f"--task={config.task} is not known; want hops")
     read = config.input or config.separator or config.key != "text" or config.tokenizer != "bytes"
     if config.task and read:
-        raise BadInput("--task makes its own text, of bytes: leave --input, --key, --separator and --tokenizer "
-                       "out")
-    files = find_files(config.input) if config.input else [] if config.task else standard_library()
+        raise BadInput("--task makes its own text, of bytes: leave out what others are read with (--input, "
+                       "--key, --separator, --tokenizer)")
+    files = []  # of a task, which makes its own text
     if not config.task:
+        files = find_files(config.input) if config.input else standard_library()
         check_settings(files, config.key, config.separator)
     source = Path([*config.input, config.task or "python"][0]).resolve().name
     name = config.name or source.lstrip(".").split(".")[0]

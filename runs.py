@@ -35,14 +35,14 @@ from common import BadInput, autocast, check_no_run, check_tensor, load_checkpoi
 from log import send
 from model import LLaMA
 from prepare import Data
-from shard import load_whole, local, resume_parts, shard
+from shard import load_whole, local, parameters_of, resume_parts, shard
 from tokenizer import describe
 
 RANK = int(os.environ.get("RANK", 0))  # which process this is; torchrun sets all three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which on its machine
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
 DIVERGED = 3  # exit code of a run whose numbers are no longer finite
-FREE = (  # settings that change no number but for rounding: --resume may change them
+FREE = (  # --resume may change these: but for max_steps, and mor's micro-batches, they only change rounding
     "out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "keep_every",
     "log_every", "device", "compile", "checkpointing", "tensorboard", "shard")
 
@@ -276,8 +276,8 @@ def lock(folder: Path):
         if error.errno in (errno.EACCES, errno.EAGAIN):  # any other: a file system that knows no locks
             file.close()
             raise BadInput(f"another train.py is at work in {folder}: choose another --out") from None
-    for half in folder.glob("*.tmp"):
-        half.unlink()
+    for half in (*folder.glob("*.pt.tmp"), folder / "summary.json.tmp"):
+        half.unlink(missing_ok=True)
     return file
 
 
@@ -413,7 +413,7 @@ def restore(config, data: Data, model: LLaMA, optimizer: torch.optim.Optimizer) 
 
 def check_moments(where: str, saved: dict, optimizer: torch.optim.Optimizer) -> None:
     """Raises BadInput where Adam's state does not fit its parameters: fused, it would read past their end."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = parameters_of(optimizer)
     count = torch.zeros(())
     try:
         for i, moments in saved["state"].items():

@@ -49,7 +49,7 @@ class Sample:
     compile: bool = False  # torch.compile decoding: the first tokens wait for it, the others come faster
     plain: bool = False  # no colours
     html: str = ""  # also write a page: its thoughts, and what it would have said without
-    device: str = ""  # cpu, cuda or cuda:N; empty: cuda where there is one
+    device: str = ""  # cpu, cuda, cuda:N or mps; empty: cuda where there is one
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
 
     def __post_init__(self) -> None:

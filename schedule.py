@@ -35,7 +35,7 @@ class Recipe(Config):
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     budget: float | None = None  # mean latent steps per token, met by moving τ; None: τ stays
     explore: float = 0.0  # logistic noise on the logits of reach, at the start; falls to 0 over 80 % of steps
-    course: float = 0.5  # share of the steps in which the aim comes to it from max_latent; 0: none
+    course: float = 0.5  # share of the steps in which the aim falls from max_latent to the budget; 0: none
     eval_windows: int = 128  # windows of validation text, the same for every method and seed
     device: str = ""  # cpu, cuda, cuda:N or mps; empty: cuda where there is one
     dtype: str = ""  # of matrix products, bfloat16 or float32; empty: what the device does well
@@ -67,7 +67,7 @@ def router_rate(config, step: int, start: float = 0.0) -> float:
 
 
 def make_optimizer(model: LLaMA, config) -> torch.optim.AdamW:
-    """Groups: matrices, which decay; vectors; the adaptive router, which has a learning rate of its own."""
+    """Groups: matrices, which decay; vectors; the weights of adaptive's router, with a rate of their own."""
     named = dict(model.named_parameters())
     names = [name for name in named if name.startswith("router.") and name.endswith("weight")]
     router = [named.pop(name) for name in names] if isinstance(model, AdaptiveLatentCoT) else []

@@ -11,8 +11,8 @@ A document is a permutation, as a table of pairs in random order, and questions 
 What is notable here:
 * The permutation is one cycle, so that within 4 hops of 8 symbols no answer is the question's own symbol, and
   none is nearer by going backwards. No question is asked twice.
-* Only the last symbol of a question can be known. The rest is noise of known entropy: steps spent there
-  take what nobody can predict for what is hard.
+* Only the last symbol of a question can be known. The rest is noise of known entropy: a router
+  that spends steps there mistakes what nobody can predict for what is hard.
 """
 
 from common import answer_help
@@ -46,7 +46,7 @@ class Tasks:
     documents: int = 500  # of the validation text, or as many as there are
     tau: float | None = None  # threshold of reach; None: as trained
     max_latent: int | None = None  # most latent steps; None: as trained
-    device: str = ""  # cpu, cuda or mps; empty: cuda where there is one
+    device: str = ""  # cpu, cuda, cuda:N or mps; empty: cuda where there is one
     json: str = ""  # also write the table to this file
     plot: str = ""  # and draw it (.png, .svg or .pdf)
 

@@ -39,6 +39,8 @@ def test_flops(measured, tmp_path):
     assert "NO" not in out and result["context"] == 32 and result["mean_latent"] == 1 and "commit" in result
     assert methods["loop"]["passes"] == pytest.approx(4)
     assert methods["adaptive"]["passes"] == pytest.approx(2, abs=0.1)
+    odd = ["--vocab_size=50257", "--n_embd=36", "--n_ff=8", "--block_size=37", "--batch=3"]  # beyond float32
+    assert "NO" not in measured("flops", *odd, "--methods", "ponder", "mor", "adaptive", "--exit_loss=0.5")
     measured("flops", "--mean_latent=1", "--batch=4", "--methods", "adaptive", "vanilla", "--exit_loss=0.5")
     exits = written(tmp_path, "flops-3x16.json")["methods"]
     assert all(r["counted_equals_formula"] and r["counted"] == r["training"] for r in exits.values())

@@ -368,6 +368,15 @@ def test_default_budgets_fit_max_latent():
     Compare(max_latent=1, budget=1.4, methods=["all steps"])  # which has none: not refused
 
 
+def test_adaptive_at_a_fixed_depth_is_a_control(compared):
+    """And is made once; with a budget or a price a τ of 0 or 1 is only where it begins."""
+    fixed = ["--tau=0", "--budget=None", "--lam=0"]
+    out = compared(*fixed, "--rates", "1e-3", "--methods", "vanilla", "adaptive", "all steps")
+    assert [row[0].split(",")[0] for row in rows(out, "At equal tokens")] == ["vanilla", "all steps"]
+    out = compared("--tau=0", "--budget=1", "--lam=0", "--rates", "2e-3", "--methods", "adaptive", "all steps")
+    assert [row[0].split(",")[0] for row in rows(out, "At equal tokens")] == ["adaptive", "all steps"]
+
+
 def test_runs_are_keyed_by_what_they_are():
     settings = Compare(learning_rate=2e-3, budget=1.0, tau=0.2, lam=0.1)
     adaptive, control = plain_run("adaptive", settings), plain_run("no thoughts", settings)

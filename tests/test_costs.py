@@ -92,7 +92,8 @@ def test_made_up_steps_stand_for_executed_ones(method):
 
 def test_passes_and_ponder2s_rounds():
     """The mean passes of the README's table: K + 1, and for ponder2 1 + 2.5 · 2 + 2 at K = 1."""
-    for method, K, passes in (("vanilla", 3, 1), ("loop", 3, 4), ("pause", 3, 4), ("ponder2", 1, 8)):
+    wanted = (("vanilla", 3, 1), ("loop", 3, 4), ("pause", 3, 4), ("ponder", 3, 4), ("ponder2", 1, 8))
+    for method, K, passes in wanted:
         model = make(Config(method=method, max_latent=K, **SHAPE), "meta")
         assert costs(model, made_up_steps(model.config, 2, T, 0))["passes"] == pytest.approx(passes)
 

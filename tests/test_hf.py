@@ -190,6 +190,7 @@ NORM = "model.norm.weight"
     (config(num_hidden_layers=3), ["lacks the weight model.layers.2"]),
     (config(num_hidden_layers=1), ["model.layers.1"]), (config(num_hidden_layers="x"), ["config.json"]),
     (config(num_hidden_layers=0), ["config.json", "n_layer"]),
+    (config(num_hidden_layers=2.0), ["config.json"]), (config(initializer_range=None), ["config.json"]),
     (config(tie_word_embeddings=False), ["lacks the weight lm_head"]),
     (config(vocab_size=250), ["257 tokens"]),
     (remove("model.safetensors"), ["model.safetensors does not exist"]),
