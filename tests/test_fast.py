@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import fast
 from baselines import METHODS
 from common import BadInput
 from conftest import said, text
@@ -113,13 +114,17 @@ def test_compiled_ticks_go_on_after_a_chunk_and_side_by_side():
         assert [pair[row].token.item() for pair in both] == [token for token, _, _ in alone[row]]
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("method,shape", SHAPES)
-def test_another_layout_gives_the_same_tokens_and_loads_elsewhere(method, shape):
+def test_another_layout_gives_the_same_tokens_and_loads_elsewhere(method, shape, packed, monkeypatch):
     prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11]]  # enough rows for another product than one row's
     model = make(method, **shape)
     before, logits, state = said(model, prompts, 8), model(text()).logits, copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(fast, "PACKED", 0 if packed else 2**16)
     lay_out(model)
-    torch.testing.assert_close(model(text()).logits, logits)
+    assert packed == ("forward" in vars(model.head)) == ("forward" in vars(model.blocks[0].w1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(text()).logits, logits)
     assert said(model, prompts, 8) == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     other = make(method, **shape)
@@ -127,8 +132,28 @@ def test_another_layout_gives_the_same_tokens_and_loads_elsewhere(method, shape)
     assert all(p.is_contiguous() for p in other.parameters())
 
 
+def test_a_packed_product_is_that_of_one_row_and_of_many(monkeypatch):
+    """With a bias and without, and a layout that comes later is not that of before."""
+    for bias in (False, True):
+        linear = torch.nn.Linear(48, 32, bias=bias)
+        plain = linear.forward
+        fast.pack(linear)
+        for shape in ((1, 48), (2, 48), (1, 7, 48), (65, 48), (0, 48)):
+            with torch.no_grad():
+                x = torch.randn(shape)
+                torch.testing.assert_close(linear(x), plain(x))
+
+
+def test_where_nothing_can_be_packed_nothing_is(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    linear = torch.nn.Linear(48, 32)
+    fast.pack(linear)
+    assert "forward" not in vars(linear)
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_the_layout_touches(tied):
+def test_what_the_layout_touches(tied, monkeypatch):
+    monkeypatch.setattr(fast, "PACKED", 0)
     model = make(tie_embeddings=tied)
     lay_out(model)
     for name in ("wq", "wk", "wv", "wo", "w1", "w2", "w3"):
@@ -137,6 +162,7 @@ def test_what_the_layout_touches(tied):
     lay_out(model, torch.bfloat16)
     assert model.head.weight.dtype is torch.bfloat16 and model.embed.weight.dtype is torch.float32
     assert model.head.weight.is_contiguous() and model.blocks[0].w1.weight.is_contiguous()  # as oneDNN wants
+    assert "forward" not in vars(model.head), "what was packed is not these numbers"
 
 
 @pytest.mark.parametrize("method,shape", SHAPES)
