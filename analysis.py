@@ -139,8 +139,20 @@ def further_steps(at_most: list[Tensor]) -> list[dict]:
     return rows
 
 
-def print_tables(found: dict) -> None:
-    """The tables of found that TITLES knows: keys as heads, floats to four digits."""
+def print_numbers(found: dict) -> None:
+    """The perplexity in found, ρ, and the tables that TITLES knows: keys as heads, floats to four digits."""
+    if "perplexity" in found:
+        p = found["perplexity"]
+        print(f"{p['tokens']:,} tokens, {p['words']:,} words, {p['bytes']:,} bytes\n"
+              f"loss {p['loss']:.4f} nats per token, {p['bits_per_byte']:.4f} bits per byte\n"
+              f"perplexity {p['perplexity']:.4f} per token, {p['word_perplexity']:.6g} per word, "
+              f"{p['byte_perplexity']:.4f} per byte\n"
+              f"{p['latent_steps']:.3f} latent steps and {p['flops_per_token']:.4e} forward FLOPs per token; "
+              f"{p['tokens_per_second']:,.0f} tokens/s")
+    if "rank_correlation" in found:
+        rho = found["rank_correlation"]
+        rho = "none, as all tokens took as many" if rho is None else f"{rho:.3f}"
+        print(f"\nrank correlation (Spearman) of −log q and latent steps: {rho}")
     for name, title in TITLES.items():
         if found.get(name):
             head = [key.replace("_", " ") for key in found[name][0]]

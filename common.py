@@ -50,7 +50,7 @@ def table(head: list[str], rows: list[list]) -> str:
 def whole(path: str | Path):
     """A binary file beside path that takes its place when the block ends. Raises BadInput on a full disk."""
     path = Path(path).resolve()  # so that a link stays a link
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file

@@ -19,7 +19,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -91,6 +91,9 @@ def run(main) -> None:
     """Calls main(). BadInput, and a lack of memory, become a line on stderr and exit code 2, Ctrl-C a line
     and exit code 130.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed where we were started
+            setattr(sys, name, open(os.devnull, mode))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the encoding lacks, such as λ in cp1252, becomes a "?"
             stream.reconfigure(errors="replace")
@@ -147,14 +150,24 @@ def check_read(settings, readers: dict[str, str], chosen: list[str], flag: str) 
 
 
 def check_apart(settings, *names: str) -> None:
-    """Raises BadInput where two of these fields, each a path or a list of paths, name the same file."""
+    """Raises BadInput where two of these fields, each a path or a list of paths, name the same file; also
+    where a later one names a file in a folder of an earlier one: of a run's, only what train.py wrote.
+    """
     taken = {}  # path → its field
     for name in names:
         value = getattr(settings, name)
         for path in filter(None, value if isinstance(value, list) else [value]):
-            other = taken.setdefault(os.path.realpath(path), name)
+            real = Path(os.path.realpath(path))
+            for folder in real.parents if real.is_file() else ():
+                if folder in taken and (taken[folder] != "run" or _of_run(real.relative_to(folder))):
+                    raise BadInput(f"--{name}={path} is a file of --{taken[folder]}: want another name")
+            other = taken.setdefault(real, name)
             if other != name:
                 raise BadInput(f"--{other} and --{name} are both {path}, but must be two files")
+
+
+def _of_run(name: Path) -> bool:
+    return name.suffix == ".pt" or str(name) in ("log.jsonl", "summary.json")
 
 
 # ------------------------------------------------------------------------------------------------- settings
@@ -307,9 +320,10 @@ def answer_help(file: str, default: Path | None = None) -> None:
 def _help(file: Path, cls: str, positional: tuple[str, ...], words: list[str], default: Path | None) -> str:
     fields = _fields(file, cls)
     for path in _config_files(words) or filter(None, [default]):
-        for name, texts, _ in _read(path):
-            if name in fields:
-                fields[name] = (" ".join(texts), fields[name][1])
+        with suppress(BadInput):  # it may be a value, such as that of --input
+            for name, texts, _ in _read(path):
+                if name in fields:
+                    fields[name] = (" ".join(texts), fields[name][1])
     bare = [f"[{name}]" for name in positional]
     usage = ["usage:", file.name, *bare, "[config.py …] [--key=value …]"]
     lines = [ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "", "", " ".join(usage), ""]

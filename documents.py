@@ -49,7 +49,7 @@ def find_files(inputs: list[str]) -> list[Path]:
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and kind(p) in TEXT | RECORDS)
+            found = sorted(p for p in _walk(path) if p.is_file() and kind(p) in TEXT | RECORDS)
             if not found:
                 raise BadInput(f"{path} holds no text: want .txt, .md, source files, .jsonl or .parquet; "
                                "text and .jsonl also as .gz and .zst")
@@ -57,8 +57,22 @@ def find_files(inputs: list[str]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise BadInput(f"{path} does not exist; want files or folders of text")
+            what = "is no file that can be read twice" if path.exists() else "does not exist"
+            raise BadInput(f"{path} {what}; want files or folders of text")
     return files
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """All files below a folder, each folder once, also one that a link leads to."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(folder, name) for name in names)
 
 
 def check_settings(files: list[Path], key: str, separator: str) -> None:

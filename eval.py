@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import figures
-from analysis import analyze, draw, further_steps, print_tables
+from analysis import analyze, draw, further_steps, print_numbers
 from common import (BadInput, about, autocast, check_apart, check_output, check_predictions, check_read,
                     configure, enough_memory, load_checkpoint, pick_device, run, turn, write_whole)
 from costs import forward_flops
@@ -47,7 +47,7 @@ from tokenizer import describe, dtype_of
 TAUS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # what --sweep tries; 0 always thinks to the end
 MOST = 1_000_000  # tokens of a run's own val.bin that are read, unless --max_tokens says otherwise
 READ = {"--text": "key separator", "--tasks": "num_fewshot include_path limit", "--analyze": "plot",
-        "--sweep": "plot"}  # settings that only these read
+        "--sweep": "plot", "what reads text": "stride max_tokens"}  # settings that only these read
 SHARED = 32  # tokens that reading a context once must spare each row to be worth a second forward
 
 
@@ -75,7 +75,10 @@ class Eval:
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
 
     def __post_init__(self) -> None:
-        check_read(self, READ, [flag for flag in READ if getattr(self, flag[2:])], "")
+        chosen = [flag for flag in READ if getattr(self, flag[2:], False)]
+        if self.text or self.sweep or self.analyze or self.html or not self.tasks:
+            chosen.append("what reads text")
+        check_read(self, READ, chosen, "")
         check_apart(self, "run", "text", "html", "plot", "json")
         self.tasks = [name for word in self.tasks for name in word.split(",") if name]
 
@@ -336,33 +339,28 @@ def evaluate(config: Eval) -> None:
              "tau": model.tau, "max_latent": model.max_latent, "device": str(device)}
     dials = f", τ {model.tau}, ℓ_max {model.max_latent}" if method != "vanilla" else ""
     title = f"{config.run}: {method}{dials}"
-    print(title)
+
+    # Measure.
+    shown = ""
     if config.tasks:
         from harness import accuracy
-        found["accuracy"] = accuracy(model, tokenizer, config)
+        found["accuracy"], shown = accuracy(model, tokenizer, config)
     if ids is not None:
-        p, said = perplexity(model, tokenizer, ids, config)
-        found["perplexity"] = p
-        print(f"{p['tokens']:,} tokens, {p['words']:,} words, {p['bytes']:,} bytes\n"
-              f"loss {p['loss']:.4f} nats per token, {p['bits_per_byte']:.4f} bits per byte\n"
-              f"perplexity {p['perplexity']:.4f} per token, {p['word_perplexity']:.6g} per word, "
-              f"{p['byte_perplexity']:.4f} per byte\n"
-              f"{p['latent_steps']:.3f} latent steps and {p['flops_per_token']:.4e} forward FLOPs per token; "
-              f"{p['tokens_per_second']:,.0f} tokens/s")
-        if config.sweep:
-            found["sweep"] = sweep(model, ids, config)
-        if config.analyze:
-            found |= analyze(tokenizer, ids, said)
-            found["further_steps"] = further_steps(with_fewer_steps(model, ids, said, config))
-            rho = found["rank_correlation"]
-            rho = "none, as all tokens took as many" if rho is None else f"{rho:.3f}"
-            print(f"\nrank correlation (Spearman) of −log q and latent steps: {rho}")
-        print_tables(found)
-        if config.html:
-            beginning = explain(model, tokenizer, ids[:2000].tolist())
-            write_whole(config.html, html_page(title, model, tokenizer, [beginning]))
+        found["perplexity"], said = perplexity(model, tokenizer, ids, config)
+    if config.sweep:
+        found["sweep"] = sweep(model, ids, config)
+    if config.analyze:
+        found |= analyze(tokenizer, ids, said)
+        found["further_steps"] = further_steps(with_fewer_steps(model, ids, said, config))
+
+    # Write, and only then print: who reads what is printed may stop.
+    if config.html:
+        beginning = explain(model, tokenizer, ids[:2000].tolist())
+        write_whole(config.html, html_page(title, model, tokenizer, [beginning]))
     if config.json:
         write_whole(config.json, json.dumps(found | about(), indent=1, ensure_ascii=False) + "\n")
+    print(title + shown)
+    print_numbers(found)
     for path in filter(None, (config.html, config.json)):
         print(f"written: {path}")
     if config.plot:

@@ -118,7 +118,8 @@ def pack(linear) -> None:
     """
     import torch
     weight = linear.weight.detach()
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    fit = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not (fit and torch.backends.mkldnn.is_available()):
         return
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)  # rows, about

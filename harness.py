@@ -143,10 +143,10 @@ def find_tasks(names: list[str], include_path: str) -> TaskManager:
                    "--include_path names a folder of more")
 
 
-def accuracy(model: LLaMA, tokenizer, config: Eval) -> dict:
-    """The tasks, once for each num_fewshot: prints the harness's table, returns its results."""
+def accuracy(model: LLaMA, tokenizer, config: Eval) -> tuple[dict, str]:
+    """The tasks, once for each num_fewshot → the harness's results, and its tables to be printed."""
     names = [task for name in config.tasks for task in (PAPER if name == "paper" else [name])]
-    manager, found = find_tasks(names, config.include_path), {}
+    manager, found, shown = find_tasks(names, config.include_path), {}, ""
     for name in ("lm_eval", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for shots in config.num_fewshot:
@@ -165,19 +165,24 @@ def accuracy(model: LLaMA, tokenizer, config: Eval) -> dict:
                 task.set_config("num_fewshot", shots)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         harness = Harness(model, tokenizer, config.batch_size)
-        results = evaluate(harness, loaded, limit=config.limit, log_samples=False)
+        try:
+            results = evaluate(harness, loaded, limit=config.limit, log_samples=False)
+        except ValueError as error:  # random.sample's, of too few examples; others are not the user's
+            if "larger than population" not in str(error):
+                raise
+            raise BadInput(f"--num_fewshot={shots}: a task has fewer examples; want less") from None
         for task, tally in harness.tallies.items():  # as rows of the harness's table
             results["results"][task] |= {f"{key},none": value for key, value in tally.summary().items()}
         total = Tally(*map(sum, zip(*map(astuple, harness.tallies.values())))).summary()
         kept = ("results", "groups", "versions", "n-shot", "n-samples")
         found[shots] = {key: results[key] for key in kept if key in results} | total
         groups = make_table(results, "groups") if results.get("groups") else ""
-        print(f"\n{shots}-shot\n{make_table(results)}{groups}\n"
-              f"all tasks: {total['latent_steps']:.3f} latent steps per scored token, "
-              f"{total['flops_per_token']:.4e} forward FLOPs per token")
+        shown += (f"\n\n{shots}-shot\n{make_table(results)}{groups}\n"
+                  f"all tasks: {total['latent_steps']:.3f} latent steps per scored token, "
+                  f"{total['flops_per_token']:.4e} forward FLOPs per token")
         if PAPER.keys() <= results["results"].keys():
             average = sum(results["results"][task][metric] for task, metric in PAPER.items()) / len(PAPER)
             found[shots]["average"] = average
-            print(f"average accuracy of the paper's nine: {100 * average:.2f} % "
-                  "(acc_norm for arc_challenge and hellaswag)")
-    return found
+            shown += (f"\naverage accuracy of the paper's nine: {100 * average:.2f} % "
+                      "(acc_norm for arc_challenge and hellaswag)")
+    return found, shown

@@ -17,6 +17,7 @@ answer_help(__file__)
 
 import json
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,7 @@ def import_model(config: HF) -> None:
     print(f"{target}/ckpt.pt: vanilla, {parameters / 1e6:.1f}M parameters, {shape.n_layer} layers of width "
           f"{shape.n_embd}, context {shape.block_size}; tokenizer {tokenizer.name}, {tokenizer.n_vocab} "
           f"tokens, of which {tokenizer.eot_token} ends a text\n"
-          f"next: python sample.py {target} \"The capital of France is\"")
+          f"next: python sample.py {shlex.quote(str(target))} \"The capital of France is\"")
 
 
 # ---------------------------------------------------------------------------------------------------- export

@@ -165,7 +165,9 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
         file.close()
     counts = writer.counts
     if counts["train"]["tokens"] + counts["val"]["tokens"] < 4:
-        raise BadInput(f"too little text in {len(files)} file(s): {counts['skipped']} empty or not UTF-8")
+        why = "".join(f"; {path} {note}" for path, note in [*writer.notes.items()][:1])
+        skipped = f"{counts['skipped']} empty or not UTF-8{why}"
+        raise BadInput(f"too little text in {len(files)} file(s): {skipped}")
     if not (counts["train"]["tokens"] and counts["val"]["tokens"]):
         cut_tail(folder, counts, config.val_fraction, tokenizer)
     for path, note in list(writer.notes.items())[:20]:
@@ -306,6 +308,9 @@ class Data:
                            f"--train_tokens={train_tokens}")
         if train_tokens:
             self.tokens["train"] = self.tokens["train"][:train_tokens]
+        if 0 < train_tokens <= block_size:
+            raise BadInput(f"--train_tokens={train_tokens} is less than a window of {block_size + 1} tokens: "
+                           "want more, or a lower --block_size")
         for split, tokens in self.tokens.items():
             if len(tokens) <= block_size:
                 raise BadInput(f"{folder}/{split}.bin has {len(tokens)} tokens, a window {block_size + 1}: a "

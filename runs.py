@@ -276,7 +276,7 @@ def lock(folder: Path):
         if error.errno in (errno.EACCES, errno.EAGAIN):  # any other: a file system that knows no locks
             file.close()
             raise BadInput(f"another train.py is at work in {folder}: choose another --out") from None
-    for half in (*folder.glob("*.pt.tmp"), folder / "summary.json.tmp"):
+    for half in (*folder.glob(".*.pt.tmp"), folder / ".summary.json.tmp"):
         half.unlink(missing_ok=True)
     return file
 
@@ -284,12 +284,12 @@ def lock(folder: Path):
 class Board:
     """What log.jsonl has, for TensorBoard, whose package must be installed; in the same folder.
 
-    What a resumed run wrote after its last checkpoint is purged, as it is from the log.
+    What was written there after step `step`, that of the last checkpoint, is purged, as it is from the log.
     """
 
     def __init__(self, out: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(out), purge_step=step + 1 if step else None)
+        self.writer = SummaryWriter(str(out), purge_step=step + 1)
 
     def write(self, record: dict) -> None:
         for name, value in record.items():

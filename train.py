@@ -20,6 +20,7 @@ answer_help(__file__, default=TINY)
 
 import contextlib
 import json
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -275,22 +276,25 @@ def train(config: Train) -> dict:
     if RANK == 0:
         content = {"config": asdict(config), **result, **made}
         write_whole(out / "summary.json", json.dumps(content, indent=1) + "\n")
+    most = 0 if config.method == "vanilla" else config.max_latent
     missed = ""
     if controller and abs(result["val_steps"] - config.budget) > 0.1 * config.budget:
         missed = f" (the budget of {config.budget:g} is missed)"
     say(f"\nvalidation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
         f"{result['bits_per_byte']:.4f} bits per byte\nmean latent steps {result['val_steps']:.3f} of "
-        f"{config.max_latent}{missed}; {result['tokens']:,} tokens, {result['flops']:.3e} training FLOPs, "
-        f"{at.seconds / 60:.1f} minutes\nnext: python sample.py {out} \"def \"")
+        f"{most}{missed}; {result['tokens']:,} tokens, {result['flops']:.3e} training FLOPs, "
+        f"{at.seconds / 60:.1f} minutes\nnext: python sample.py {shlex.quote(str(out))} \"def \"")
     return result
 
 
 def main() -> None:
     with ends_with_the_others():
         config = configure(Train, default=TINY)
-        if config.method != "adaptive" or config.max_latent == 0:
-            for name in typed() & STEERING:  # a config file may hold them for adaptive's sake
-                raise BadInput(f"--{name} is not read here, but by {READER}")
+        thinks = config.method == "adaptive" and config.max_latent > 0
+        for name in () if thinks else typed() & STEERING:  # a config file may hold them, for adaptive
+            raise BadInput(f"--{name} is not read here, but by {READER}")
+        if config.budget is None and "course" in typed():
+            raise BadInput("--course is not read here, but by a --budget")
         size = f"less than --micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
         ways = f"{size}, --checkpointing or, on several GPUs, --shard takes less and changes no number, also"
         with enough_memory(f"{ways} with --resume (but mor's balancing loss); else a smaller model"):

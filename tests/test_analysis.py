@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import figures
-from analysis import analyze, draw, further_steps, print_tables, ranks, spearman, token_class, word_positions
+from analysis import analyze, draw, further_steps, print_numbers, ranks, spearman, token_class, word_positions
 from tokenizer import get_tokenizer
 
 BYTES = get_tokenizer("bytes")
@@ -92,7 +92,7 @@ def test_tables_are_printed_and_drawn(text, capsys, tmp_path):
     sweep = [{"tau": None, "max_latent": 0, "latent_steps": 0.0, "perplexity": 3.0, "best": True},
              {"tau": 0.5, "max_latent": 1, "latent_steps": 0.25, "perplexity": 2.5, "best": True}]
     found = {"sweep": sweep} | analyze(BYTES, ids, said) | {"further_steps": further_steps([said, said])}
-    print_tables(found)
+    print_numbers(found)
     out = capsys.readouterr().out
     for words in ("max latent", "0.2500", "by class of the token", "end of text", "what step k brings"):
         assert words in out

@@ -223,6 +223,7 @@ def test_kept_bytes_are_those_of_autograd():
     (["speed", "--rounds=0"], ["rounds"]),
     (["speed", "--dtype=float16"], ["float16"]),
     (["speed", "--device=abacus"], ["abacus"]),
+    (["flops", "--tau=0.5"], ["--tau is not read", "--mean_latent"]),
     (["memory", "--compile"], ["compile", "speed or growth"]),
     (["flops", "--device=cpu"], ["device", "speed or growth"]),
     (["memory", "--dtype=float16"], ["float16"]),

@@ -45,9 +45,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     write_whole(path, "λ")
     write_whole(str(path), b"two")
-    (tmp_path / "a.json.tmp").write_text("left by a run that was killed")
+    (tmp_path / ".a.json.tmp").write_text("left by a run that was killed")
     write_whole(path, "three λ")
     assert path.read_text(encoding="utf-8") == "three λ" and [*tmp_path.iterdir()] == [path]
+    (tmp_path / "a.json.tmp").write_text("a file of the user's")
+    write_whole(path, "three λ")
+    assert (tmp_path / "a.json.tmp").read_text() == "a file of the user's"
+    (tmp_path / "a.json.tmp").unlink()
     for fails in ("fsync", "replace"):
         message = "a.json cannot be written: No space left"
         with monkeypatch.context() as patch, pytest.raises(BadInput, match=message):

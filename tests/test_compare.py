@@ -373,7 +373,7 @@ def test_adaptive_at_a_fixed_depth_is_a_control(compared):
     fixed = ["--tau=0", "--budget=None", "--lam=0"]
     out = compared(*fixed, "--rates", "1e-3", "--methods", "vanilla", "adaptive", "all steps")
     assert [row[0].split(",")[0] for row in rows(out, "At equal tokens")] == ["vanilla", "all steps"]
-    out = compared("--tau=0", "--budget=1", "--lam=0", "--rates", "2e-3", "--methods", "adaptive", "all steps")
+    out = compared(*fixed, "--budget=1", "--rates", "2e-3", "--methods", "adaptive", "all steps")
     assert [row[0].split(",")[0] for row in rows(out, "At equal tokens")] == ["adaptive", "all steps"]
 
 

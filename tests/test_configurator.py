@@ -76,6 +76,31 @@ def test_files_that_are_named_twice_are_refused(tmp_path):
             check_apart(Settings(run=f"{tmp_path}/a", names=["b", same]), "run", "names")
 
 
+def test_what_is_read_is_not_written_over(tmp_path):
+    """Neither a file of a folder of text, nor a run's checkpoint; a page may stand beside that."""
+    (tmp_path / "deep").mkdir()
+    for name in ("ckpt.pt", "log.jsonl", "page.html", "deep/a.txt"):
+        (tmp_path / name).write_text("")
+    for name in ("ckpt.pt", "log.jsonl"):
+        with pytest.raises(BadInput, match=f"--names={tmp_path}/{name} is a file of --run"):
+            check_apart(Settings(run=f"{tmp_path}", names=[f"{tmp_path}/{name}"]), "run", "names")
+    for name in ("page.html", "new.pt", "deep/a.txt"):
+        check_apart(Settings(run=f"{tmp_path}", names=[f"{tmp_path}/{name}"]), "run", "names")
+    with pytest.raises(BadInput, match="is a file of --names"):
+        check_apart(Settings(run=f"{tmp_path}/deep/a.txt", names=[f"{tmp_path}"]), "names", "run")
+
+
+def test_what_is_closed_is_no_terminal():
+    """Standard streams that were closed where a script was started: it runs, and what it says is lost."""
+    code = "from configurator import run; import sys; "
+    code += "run(lambda: print(sys.stdin.read(), sys.stderr.isatty()))"
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(f"{sys.executable} -c '{code}' </dev/null {closed}", shell=True, cwd=ROOT,
+                              capture_output=True, text=True)
+        assert done.returncode == 0 and done.stderr == "", done
+        assert done.stdout == ("" if ">&-" in closed.replace("2>&-", "") else " False\n"), done
+
+
 @pytest.mark.parametrize("argv,want", [
     (["--steps=3"], dict(steps=3)),
     (["--steps", "3", "--fast"], dict(steps=3, fast=True)),
@@ -162,6 +187,13 @@ def test_a_file_may_hold_what_another_script_reads(tmp_path):
         configure(Settings, [str(tmp_path / "a.py")])
     with pytest.raises(BadInput, match="global_batch_size"):
         configure(Settings, ["--global_batch_size=4"], also="train.py")
+
+
+def test_help_is_shown_whatever_the_values_are(capsys, tmp_path):
+    (tmp_path / "source.py").write_text("import this")
+    with pytest.raises(SystemExit):
+        configure(Settings, ["--names", f"{tmp_path}/source.py", "--help"])
+    assert "--steps=10" in capsys.readouterr().out
 
 
 def test_help_shows_defaults_ranges_and_comments(capsys, tmp_path):

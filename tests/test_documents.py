@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import tracemalloc
 from contextlib import nullcontext
@@ -150,6 +151,19 @@ def test_files_are_found_by_what_they_hold(tmp_path):
     assert find_files([str(tmp_path / "h.bin")]) == [tmp_path / "h.bin"]
     with pytest.raises(BadInput, match="does not exist"):
         find_files([str(tmp_path / "no.txt")])
+
+
+def test_links_to_folders_are_followed_and_each_is_read_once(tmp_path):
+    for folder in ("real", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(folder)
+    (tmp_path / "real" / "link").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "real")
+    found = find_files([str(tmp_path / "real")])
+    assert [path.read_text() for path in found] == ["real", "other"]
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadInput, match="pipe is no file"):
+        find_files([str(tmp_path / "pipe")])
 
 
 def test_separators_are_found_wherever_blocks_end(tmp_path, monkeypatch):

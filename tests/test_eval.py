@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -347,6 +349,9 @@ WRONG = {
     "{root}/adaptive --html={root}/never.json --json={root}/data/../never.json": "--html and --json are both",
     "{root}/adaptive --text {root}/one.txt --json={root}/one.txt": "--text and --json are both",
     "{root}/adaptive --text {root}/one.txt": "fewer than two tokens",
+    "{root}/adaptive --text {root}/one.txt --key=code": "--key=code is not read here",
+    "{root}/adaptive --json={root}/adaptive/ckpt.pt": "ckpt.pt is a file of --run",
+    "{root}/adaptive --tasks any --stride=7": "stride is not read here, but by what reads text",
     "{root}/adaptive --text {root}/other/val.bin": "another tokenizer",
     "{root}/adaptive --stride=33": "beyond the context of 32",
     "{root}/adaptive --stride=0": "stride is 0",
@@ -369,6 +374,17 @@ WRONG = {
 def test_wrong_input_is_answered_with_one_line_and_exit_code_2(words, folder, call):
     assert WRONG[words] in call("eval", *words.format(root=folder).split(), code=2)[1]
     assert not list(folder.glob("never*")) and not list(folder.glob("*.tmp"))
+
+
+def test_what_was_found_is_written_though_nobody_reads_what_is_printed(folder):
+    command = [sys.executable, ROOT / "eval.py", folder / "adaptive", "--max_tokens=200", "--device=cpu",
+               "--sweep", f"--json={folder}/kept.json"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert json.loads((folder / "kept.json").read_text())["sweep"]
 
 
 def test_outputs_are_tried_before_the_work_begins(folder, call, monkeypatch):

@@ -314,6 +314,12 @@ def test_tasks_end_to_end_with_and_without_examples(folder):
     assert results["tiny_last_word"]["perplexity,none"] == pytest.approx(math.exp(np.mean(nats)), rel=1e-3)
 
 
+def test_more_examples_than_there_are_are_refused_in_one_line(folder):
+    words = ["--tasks=tiny_keyword", "--num_fewshot=1000", f"--include_path={ROOT}/tests/tasks"]
+    code, _, complaint = command(folder, folder / "wide", *words, "--limit=1")
+    assert code == 2 and "eval.py: --num_fewshot=1000: a task has fewer examples" in complaint.splitlines()[-1]
+
+
 def test_a_task_that_cannot_be_loaded_is_one_line(folder, tmp_path):
     (tmp_path / "hub.yaml").write_text("task: on_the_hub\ndataset_path: no-one/nothing\ntest_split: test\n"
                                        "output_type: multiple_choice\ndoc_to_text: ''\ndoc_to_target: 0\n")

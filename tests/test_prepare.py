@@ -424,7 +424,7 @@ def test_a_hidden_file_gives_its_name(tmp_path):
 
 @pytest.mark.parametrize("name,content,extra,words", [
     ("missing.txt", None, [], ["missing.txt", "does not exist"]),
-    ("latin.txt", "naïve".encode("latin-1"), [], ["UTF-8"]),
+    ("latin.txt", "naïve".encode("latin-1"), [], ["latin.txt holds a document that is no UTF-8 text"]),
     ("bad.jsonl", b'{"text": "x"}\nnot json\n', [], ["bad.jsonl", "line 2"]),
     ("key.jsonl", b'{"body": "x"}\n', [], ["line 1", "--key"]),
     ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000)[:40], [], ["cut.jsonl.gz", "end-of-stream"]),

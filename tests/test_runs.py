@@ -225,9 +225,11 @@ def test_a_dead_process_leaves_no_lock(tmp_path):
         lock(tmp_path)
     process.kill()
     process.wait()
-    (tmp_path / "ckpt.pt.tmp").write_text("half of it")
+    (tmp_path / ".ckpt.pt.tmp").write_text("half of it")
+    (tmp_path / "notes.tmp").write_text("the user's own")
+    (tmp_path / "folder.tmp").mkdir()
     lock(tmp_path).close()
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "notes.tmp", "folder.tmp"}
 
 
 def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch):
