@@ -35,9 +35,10 @@ from tqdm import tqdm
 import figures
 from analysis import analyze, draw, further_steps, print_numbers
 from common import (BadInput, about, autocast, check_apart, check_output, check_predictions, check_read,
-                    configure, enough_memory, load_checkpoint, pick_device, run, turn, write_whole)
+                    configure, enough_memory, load_checkpoint, pick_device, precision, run, turn, write_whole)
 from costs import forward_flops
 from documents import check_settings, encode, find_files, read_pieces
+from fast import lay_out
 from log import Cache, pad
 from model import LLaMA
 from page import explain, html_page
@@ -324,6 +325,7 @@ def evaluate(config: Eval) -> None:
     model, tokenizer, checkpoint = load_checkpoint(config.run, device)
     check(config, model)
     turn(model, config.run, config.tau, config.max_latent)
+    lay_out(model, precision(device, config.dtype))
     ids = None
     if config.text:
         ids = read_text(config.text, tokenizer, config.key, config.separator, config.max_tokens)
