@@ -293,8 +293,6 @@ def main() -> None:
         thinks = config.method == "adaptive" and config.max_latent > 0
         for name in () if thinks else typed() & STEERING:  # a config file may hold them, for adaptive
             raise BadInput(f"--{name} is not read here, but by {READER}")
-        if config.budget is None and "course" in typed():
-            raise BadInput("--course is not read here, but by a --budget")
         size = f"less than --micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
         ways = f"{size}, --checkpointing or, on several GPUs, --shard takes less and changes no number, also"
         with enough_memory(f"{ways} with --resume (but mor's balancing loss); else a smaller model"):
