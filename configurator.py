@@ -159,8 +159,9 @@ def check_apart(settings, *names: str) -> None:
         for path in filter(None, value if isinstance(value, list) else [value]):
             real = Path(os.path.realpath(path))
             for folder in real.parents if real.is_file() else ():
-                if folder in taken and (taken[folder] != "run" or _of_run(real.relative_to(folder))):
-                    raise BadInput(f"--{name}={path} is a file of --{taken[folder]}: want another name")
+                owner = taken.get(folder, name)
+                if owner != name and (owner != "run" or _of_run(real.relative_to(folder))):
+                    raise BadInput(f"--{name}={path} is a file of --{owner}: want another name")
             other = taken.setdefault(real, name)
             if other != name:
                 raise BadInput(f"--{other} and --{name} are both {path}, but must be two files")

@@ -76,7 +76,7 @@ class Eval:
     dtype: str = ""  # bfloat16 or float32; empty: what the device does well
 
     def __post_init__(self) -> None:
-        chosen = [flag for flag in READ if getattr(self, flag[2:], False)]
+        chosen = [flag for flag in READ if flag.startswith("--") and getattr(self, flag[2:])]
         if self.text or self.sweep or self.analyze or self.html or not self.tasks:
             chosen.append("what reads text")
         check_read(self, READ, chosen, "")

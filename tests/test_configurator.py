@@ -86,6 +86,7 @@ def test_what_is_read_is_not_written_over(tmp_path):
             check_apart(Settings(run=f"{tmp_path}", names=[f"{tmp_path}/{name}"]), "run", "names")
     for name in ("page.html", "new.pt", "deep/a.txt"):
         check_apart(Settings(run=f"{tmp_path}", names=[f"{tmp_path}/{name}"]), "run", "names")
+    check_apart(Settings(run="", names=[f"{tmp_path}", f"{tmp_path}/deep/a.txt"]), "run", "names")
     with pytest.raises(BadInput, match="is a file of --names"):
         check_apart(Settings(run=f"{tmp_path}/deep/a.txt", names=[f"{tmp_path}"]), "names", "run")
 
