@@ -339,7 +339,7 @@ def evaluate(config: Eval) -> None:
     method = model.config.method
     found = {"run": config.run, "step": checkpoint.get("step"), "method": method,
              "tau": model.tau, "max_latent": model.max_latent, "device": str(device)}
-    dials = f", τ {model.tau}, ℓ_max {model.max_latent}" if method != "vanilla" else ""
+    dials = f", τ {model.tau:g}, ℓ_max {model.max_latent}" if method != "vanilla" else ""
     title = f"{config.run}: {method}{dials}"
 
     # Measure.
