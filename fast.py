@@ -107,9 +107,10 @@ def lay_out(model, dtype=None) -> None:
             by_input = weight.device.type == "cpu" and weight.dtype == torch.float32
             parameter.data = weight.T.contiguous().T if by_input else weight.contiguous()
     for module in (*model.blocks.modules(), model.head):
-        vars(module).pop("forward", None)  # of an earlier layout
-        if isinstance(module, torch.nn.Linear) and module.weight.numel() >= PACKED:
-            pack(module)
+        if isinstance(module, torch.nn.Linear):
+            vars(module).pop("forward", None)  # of an earlier layout
+            if module.weight.numel() >= PACKED:
+                pack(module)
 
 
 def pack(linear) -> None:
