@@ -95,8 +95,9 @@ def lay_out(model, dtype=None) -> None:
     On CUDA that is bfloat16 unless dtype says otherwise: autocast makes it of them at each use, so that the
     numbers are the same and the bytes fewer. On a CPU it is float32, input by input in memory: a product with
     4 to 63 rows then takes MKL half the time at small widths, and one with a single row no longer. Large ones
-    are kept a second time, in the packed form of oneDNN, which several rows are multiplied with. What is
-    bfloat16 there goes to oneDNN, which wants it as it stands.
+    are kept a second time, in the packed form of oneDNN, which several rows are multiplied with; not those of
+    a model of a billion weights, as there may be no room. What is bfloat16 there goes to oneDNN, which wants
+    it as it stands.
     """
     import torch
     if model.head.weight is model.embed.weight:  # the embedding is read row by row, and stays as it is
@@ -106,10 +107,11 @@ def lay_out(model, dtype=None) -> None:
             weight = parameter.data.to(dtype or precision(parameter.device))
             by_input = weight.device.type == "cpu" and weight.dtype == torch.float32
             parameter.data = weight.T.contiguous().T if by_input else weight.contiguous()
+    total = sum(parameter.numel() for parameter in model.parameters())
     for module in (*model.blocks.modules(), model.head):
         if isinstance(module, torch.nn.Linear):
             vars(module).pop("forward", None)  # of an earlier layout
-            if module.weight.numel() >= PACKED:
+            if module.weight.numel() >= PACKED and total < 10**9:
                 pack(module)
 
 
