@@ -110,12 +110,12 @@ def read_text(paths: list[str], tokenizer, key="text", separator="", most: int |
 
 def read_parts(paths: list[str], tokenizer, key: str, separator: str) -> Iterator[np.ndarray]:
     """The tokens of each .bin, and of each piece of a document, in order."""
-    check_settings(find_files([path for path in paths if not path.endswith(".bin")]), key, separator)
-    for path in paths:
+    found = [(path, [] if path.endswith(".bin") else find_files([path])) for path in paths]
+    check_settings(sum((files for _, files in found), []), key, separator)
+    for path, files in found:
         if path.endswith(".bin"):
             yield read_bin(Path(path), tokenizer)
-            continue
-        for file in find_files([path]):
+        for file in files:
             tokens, blank, broken = [], True, False
             for piece in read_pieces(file, key, separator):
                 new = None if broken or piece.text is None else encode(tokenizer, [piece.text])[0]
