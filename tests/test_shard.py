@@ -343,7 +343,7 @@ def test_a_compiled_block_stays_whole(alone, sharded, monkeypatch):
     model(idx, targets).loss.backward()
     eager = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    counter = CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("aot_eager")
     plain = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: plain(f, backend=counter, **options))
     if sharded:
