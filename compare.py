@@ -32,17 +32,17 @@ import torch
 import figures
 from baselines import METHODS, build
 from common import (BadInput, about, check_items, check_output, check_read, configure, optional, run, table,
-                    write_whole)
+                    typed, write_whole)
 from prepare import Data
-from schedule import OF_ADAPTIVE, STEERING, Recipe
+from schedule import DIVERGED, Recipe, unread
 
 TRAIN = Path(__file__).with_name("train.py")
-DIVERGED = 3  # train.py's exit code where a loss or a gradient is not finite
 NO_THOUGHTS = "no thoughts"  # a control: adaptive's embedding scale, but never a latent step
 ALL_STEPS = "all steps"  # another: every token takes every latent step
 KINDS = (*METHODS, NO_THOUGHTS, ALL_STEPS)
 PARTS = {"rates": "rates rate_steps", "tokens": "seeds", "flops": "seeds", "lengths": "seeds lengths",
          "pareto": "seeds budgets ks depths"}  # the tables, and the settings that not all of them read
+READERS = {"adaptive": "explore exit_loss weigh_values", ALL_STEPS: "exit_loss weigh_values"}
 HEAD = "run|tokens|training FLOPs|steps, training|steps, validation|validation loss|bits per byte".split("|")
 FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": ".2f", "val_loss": ".4f",
            "bits_per_byte": ".4f"}
@@ -71,6 +71,9 @@ class Compare(Recipe):
         check_items("methods", self.methods, KINDS)
         check_items("parts", self.parts, PARTS)
         check_read(self, PARTS, self.parts, "--parts ")
+        check_read(self, READERS, [who for who in self.methods if who in READERS], "--methods ")
+        if "rates" in self.parts and "learning_rate" in typed():
+            raise ValueError("learning_rate is not read with --parts rates, which tries all of --rates")
         for budget in (self.budget or 0, *self.budgets) if "adaptive" in self.methods else ():
             if budget > self.max_latent > 0:
                 raise ValueError(f"budget {budget:g} does not lie between 0 and max_latent {self.max_latent}")
@@ -215,11 +218,10 @@ class Runs:
         out = self.folder / run.folder
         often = max(1, run.max_steps // 10)
         values = {name: getattr(self.settings, name) for name in TRAINED} | asdict(run)
-        unread = (*OF_ADAPTIVE, *STEERING) if run.method != "adaptive" or run.max_latent == 0 else ()
         values |= {"out": out, "eval_every": often, "save_every": often, "resume": (out / "ckpt.pt").exists()}
         scaling = [str(number) for number in values.pop("rope_scaling")]  # the one list
-        flags = [f"--{name}={value}" for name, value in values.items() if value != "" and name not in unread]
-        flags += ["--rope_scaling", *scaling] if scaling else []
+        told = [name for name, value in values.items() if value != "" and name not in unread(run)]
+        flags = [f"--{name}={values[name]}" for name in told] + ["--rope_scaling", *scaling] * bool(scaling)
         threads = max(1, torch.get_num_threads() // self.settings.jobs)
         errors = Path(f"{out}.stderr")
         with open(errors, "w") as stderr:  # in a session of its own, so that Ctrl-C reaches us alone
@@ -237,11 +239,10 @@ class Runs:
         flops = {row["step"]: row["flops"] for row in log if "flops" in row}
         steps = [row["latent_steps"] for row in log if "latent_steps" in row] or [0]
         curve = [(row["step"], flops[row["step"]], row["val_loss"]) for row in log if "val_loss" in row]
+        result = dict.fromkeys("val_loss perplexity bits_per_byte val_steps flops tokens".split())
         if code == 0:
             result = json.loads((out / "summary.json").read_text(encoding="utf-8"))
             del result["config"]
-        else:
-            result = dict.fromkeys("val_loss perplexity bits_per_byte val_steps flops tokens".split())
         return result | {"curve": curve, "train_steps": statistics.mean(steps)}
 
 
@@ -253,7 +254,6 @@ def main() -> None:
         optional("matplotlib.figure", "--plot")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = Runs(settings)
-    seeds = settings.seeds
     kinds = {kind.who: kind for kind in (plain_run(who, settings) for who in settings.methods)}
 
     if "rates" in settings.parts:  # each at its own best learning rate, found on the first seed
@@ -265,17 +265,17 @@ def main() -> None:
             kinds[run.who] = replace(kinds[run.who], learning_rate=run.learning_rate)  # its best comes last
 
     if "tokens" in settings.parts or "flops" in settings.parts:
-        runs.show(f"At equal tokens ({seeds} seeds):", list(kinds.values()), seeds)
+        runs.show(f"At equal tokens ({settings.seeds} seeds):", list(kinds.values()), settings.seeds)
 
     if "flops" in settings.parts:  # each for as many steps as adaptive's FLOPs, or else the most, buy
-        costs = {who: runs.of(kind, seeds, "flops") for who, kind in kinds.items()}
+        costs = {who: runs.of(kind, settings.seeds, "flops") for who, kind in kinds.items()}
         spent = {who: statistics.mean(flops) for who, flops in costs.items() if None not in flops}
         most = "adaptive" if "adaptive" in spent else max(spent, key=spent.get, default="none")
         steps = {who: max(1, round(settings.max_steps * spent[most] / spent[who])) for who in spent}
         for who in [who for who in kinds if who not in spent]:
             print(f"\n{who} diverged: what its steps cost is not known, so that it is not in the next table")
         title = f"At equal training FLOPs, those of {most}; the number of steps is what they buy:"
-        runs.show(title, [replace(kinds[who], max_steps=steps[who]) for who in steps], seeds)
+        runs.show(title, [replace(kinds[who], max_steps=steps[who]) for who in steps], settings.seeds)
 
     if "pareto" in settings.parts:  # budgets of adaptive, K of its rivals, depths of vanilla
         wanted = [kind for who, kind in kinds.items() if who not in (NO_THOUGHTS, "mor")]
@@ -286,11 +286,11 @@ def main() -> None:
                 wanted += [replace(kind, n_layer=kind.n_layer * times) for times in settings.depths]
             else:
                 wanted += [replace(kind, max_latent=k) for k in settings.ks]
-        runs.show("Loss against passes, at equal tokens:", wanted, seeds)
+        runs.show("Loss against passes, at equal tokens:", wanted, settings.seeds)
 
     if "lengths" in settings.parts:
         wanted = [replace(kind, max_steps=steps) for kind in kinds.values() for steps in settings.lengths]
-        runs.show("Loss against the length of the training:", wanted, seeds)
+        runs.show("Loss against the length of the training:", wanted, settings.seeds)
 
     if settings.plot:
         figures.save_comparison(runs.finished, runs.path)

@@ -35,13 +35,13 @@ from common import BadInput, autocast, check_no_run, check_tensor, load_checkpoi
 from log import send
 from model import LLaMA
 from prepare import Data
+from schedule import DIVERGED
 from shard import load_whole, local, parameters_of, resume_parts, shard
 from tokenizer import describe
 
 RANK = int(os.environ.get("RANK", 0))  # which process this is; torchrun sets all three
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which on its machine
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
-DIVERGED = 3  # exit code of a run whose numbers are no longer finite
 FREE = (  # --resume may change these: but for max_steps, and mor's micro-batches, they only change rounding
     "out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "keep_every",
     "log_every", "device", "compile", "checkpointing", "tensorboard", "shard")

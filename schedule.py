@@ -13,6 +13,7 @@ from model import AdaptiveLatentCoT, Config, LLaMA
 
 OF_ADAPTIVE = "explore", "exit_loss", "weigh_values"  # settings that nothing else reads, off by default
 STEERING = {"budget", "course", "lam", "beta", "tau", "router_bias"}  # likewise, but on by default
+DIVERGED = 3  # exit code of a training whose numbers are no longer finite
 
 
 @dataclass
@@ -44,6 +45,18 @@ class Recipe(Config):
 
     def model_config(self, vocab_size: int) -> Config:
         return Config(**{f.name: getattr(self, f.name) for f in fields(Config)} | {"vocab_size": vocab_size})
+
+
+def is_adaptive(config) -> bool:
+    """Whether reach decides who takes a latent step."""
+    return config.method == "adaptive" and config.max_latent > 0
+
+
+def unread(config) -> set[str]:
+    """The settings that are there for other trainings than this one."""
+    if not is_adaptive(config):
+        return {*OF_ADAPTIVE, *STEERING}
+    return {"course"} if config.budget is None else set()
 
 
 def learning_rate(config, step: int) -> float:
@@ -103,7 +116,7 @@ def exploration(config, step: int, device: torch.device) -> Tensor | None:
     who computes which. None: nothing.
     """
     scale = config.explore * (1 - step / (0.8 * config.max_steps))
-    if scale <= 0 or config.method != "adaptive":
+    if scale <= 0 or not is_adaptive(config):
         return None
     dice = torch.Generator().manual_seed(seed_of(config, step))
     u = torch.rand(config.block_size, config.max_latent + 1, generator=dice)

@@ -43,11 +43,11 @@ from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
                   log_state, restore, say, say_stopped, waiting, write_log)
-from schedule import (OF_ADAPTIVE, STEERING, BudgetController, Recipe, budget_at, exploration,
-                      learning_rate, make_optimizer, router_rate, seed_of)
+from schedule import (OF_ADAPTIVE, BudgetController, Recipe, budget_at, exploration,
+                      is_adaptive, learning_rate, make_optimizer, router_rate, seed_of, unread)
 from shard import save_shared
 
-READER = "--method=adaptive with a max_latent of 1 or more"  # of OF_ADAPTIVE and STEERING
+READER = "--method=adaptive with a max_latent of 1 or more, and course with a budget"  # of what is unread
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Train(Recipe):
     def __post_init__(self) -> None:
         with torch.device("meta"):  # costs nothing, and raises ValueError for what cannot be built
             build(self.model_config(self.vocab_size or 1))
-        if self.max_latent == 0 or self.method != "adaptive":
+        if not is_adaptive(self):
             self.budget = None  # nothing to steer
             self.lam = 0.0
             check_read(self, {READER: " ".join(OF_ADAPTIVE)}, [], "")
@@ -290,8 +290,7 @@ def train(config: Train) -> dict:
 def main() -> None:
     with ends_with_the_others():
         config = configure(Train, default=TINY)
-        thinks = config.method == "adaptive" and config.max_latent > 0
-        for name in () if thinks else typed() & STEERING:  # a config file may hold them, for adaptive
+        for name in typed() & unread(config):  # a config file may hold them
             raise BadInput(f"--{name} is not read here, but by {READER}")
         size = f"less than --micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
         ways = f"{size}, --checkpointing or, on several GPUs, --shard takes less and changes no number, also"

@@ -195,8 +195,10 @@ def test_what_is_asked_for_twice_is_made_once(compared, tmp_path):
     assert len(calls(tmp_path)) == 1 and len(rows(out, "Learning rates")) == 1
 
 
-def test_all_diverge(compared):
-    out = compared("--rates", "0.5", "--learning_rate=0.6", "--seeds=2", "--methods", "vanilla", "loop")
+def test_all_diverge(compared, tmp_path):
+    config = tmp_path / "fast.py"
+    config.write_text("learning_rate = 0.6\n")
+    out = compared(str(config), "--rates", "0.5", "--seeds=2", "--methods", "vanilla", "loop")
     assert "2 of 2 diverged" in out and "vanilla diverged" in out and "loop diverged" in out
 
 
@@ -332,6 +334,9 @@ def test_a_figure_without_matplotlib_is_refused_before_the_work(compared, tmp_pa
     (["--rates", "nan"], ["rates"]),
     (["--rates", "0"], ["rates"]),
     (["--learning_rate=-1"], ["learning_rate"]),
+    (["--learning_rate=1e-3"], ["learning_rate", "--rates"]),
+    (["--methods", "vanilla", "no thoughts", "--explore=2"], ["explore", "--methods adaptive"]),
+    (["--methods", "vanilla", "--exit_loss=1"], ["exit_loss", "--methods adaptive or all steps"]),
     (["--warmup=2"], ["warmup"]),
     (["--grad_clip=-1"], ["grad_clip"]),
     (["--seeds=0"], ["seeds"]),
