@@ -37,7 +37,8 @@ from common import (BadInput, about, autocast, check_items, check_output, check_
 from costs import (bytes_read, costs, counted, fitting, forward_flops, going_on, made_up_steps, make, memory,
                    training_flops)
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
-from model import AdaptiveLatentCoT, Cache, Config, LLaMA
+from log import Cache
+from model import AdaptiveLatentCoT, Config, LLaMA
 from schedule import STEERING
 
 
@@ -71,8 +72,8 @@ class Bench(Config):
             raise ValueError(f"mean_latent is {self.mean_latent}, but at most {self.max_latent} is possible")
 
     def config_of(self, method: str) -> Config:
-        """The shape of a method; ponder2 has one latent step, as its authors ran it."""
-        most = 1 if method == "ponder2" else self.max_latent
+        """The shape of a method; ponder2 has at most one latent step, as its authors ran it."""
+        most = min(1, self.max_latent) if method == "ponder2" else self.max_latent
         shape = {f.name: getattr(self, f.name) for f in fields(Config)}
         return Config(**shape | {"method": method, "max_latent": most})
 

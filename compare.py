@@ -40,6 +40,7 @@ TRAIN = Path(__file__).with_name("train.py")
 NO_THOUGHTS = "no thoughts"  # a control: adaptive's embedding scale, but never a latent step
 ALL_STEPS = "all steps"  # another: every token takes every latent step
 KINDS = (*METHODS, NO_THOUGHTS, ALL_STEPS)
+TRAINED = [f.name for f in fields(Recipe)]  # what train.py is told
 PARTS = {"rates": "rates rate_steps", "tokens": "seeds", "flops": "seeds", "lengths": "seeds lengths",
          "pareto": "seeds budgets ks depths"}  # the tables, and the settings that not all of them read
 READERS = {"adaptive": "explore exit_loss weigh_values", ALL_STEPS: "exit_loss weigh_values"}
@@ -86,9 +87,6 @@ class Compare(Recipe):
         self.lengths = self.lengths or [max(1, self.max_steps // 2), self.max_steps]
 
 
-TRAINED = [f.name for f in fields(Recipe)]  # what train.py is told
-
-
 @dataclass(frozen=True)
 class Run:
     """What sets a run apart from the others; all other settings are common to them."""
@@ -125,7 +123,8 @@ def plain_run(who: str, settings: Compare) -> Run:
     plain = replace(plain, budget=None, lam=0.0)
     if who in (NO_THOUGHTS, ALL_STEPS):
         return replace(plain, tau=float(who == NO_THOUGHTS))
-    return replace(plain, method=who, max_latent=1 if who == "ponder2" else settings.max_latent)
+    most = 1 if who == "ponder2" else settings.max_latent  # as its authors ran it
+    return replace(plain, method=who, max_latent=min(most, settings.max_latent))
 
 
 class Runs:
@@ -197,8 +196,8 @@ class Runs:
             raise BadInput(f"{self.path} holds runs on other data: choose another --results")
         self.fingerprint = data.fingerprint
         check_output(self.folder / "log.jsonl", "--out", make=True)
-        with ThreadPoolExecutor(self.settings.jobs) as pool:
-            results = {pool.submit(self.train, run): run for run in missing}
+        with ThreadPoolExecutor(self.settings.jobs) as self.pool:
+            results = {self.pool.submit(self.train, run): run for run in missing}
             try:
                 for count, ended in enumerate(as_completed(results), 1):
                     run = results[ended]
@@ -209,7 +208,7 @@ class Runs:
                     done = f"{count} of {len(missing)}: {self.name(run, seed=True)}"
                     print(f"{done}: validation loss {self.mean(run, 1, 'val_loss')}", flush=True)
             finally:  # after an interruption, or a run that failed, the others save what they have
-                pool.shutdown(wait=False, cancel_futures=True)
+                self.pool.shutdown(wait=False, cancel_futures=True)
                 for process in self.processes:
                     process.terminate()
 
@@ -231,6 +230,7 @@ class Runs:
         self.processes.append(process)
         code = process.wait()
         if code not in (0, DIVERGED) or (code == 0 and not (out / "summary.json").exists()):
+            self.pool.shutdown(wait=False, cancel_futures=True)  # before this thread takes the next run
             said = errors.read_text(encoding="utf-8", errors="replace").splitlines() or ["stopped"]
             raise BadInput(f"{self.name(run, seed=True)}: {said[-1]} (exit code {code}, {errors})")
         path = out / "log.jsonl"  # not there where the first step diverged

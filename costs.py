@@ -130,6 +130,7 @@ def costs(model: LLaMA, steps: Tensor) -> dict[str, float]:
     """By formula, at these steps (B, T): FLOPs per token of training, prefill and decoding; and mean passes.
 
     Decoding: one token at a full context. Its query meets all keys, as each does in the count of a prefill.
+    The model is in training mode afterwards.
     """
     prefill = decode = float(sum(forward_flops(model.eval(), steps))) / steps.numel()
     if model.config.method == "ponder2":  # whose prefill is another computation

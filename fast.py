@@ -94,8 +94,8 @@ def lay_out(model, dtype=None) -> None:
 
     On CUDA that is bfloat16 unless dtype says otherwise: autocast makes it of them at each use, so that the
     numbers are the same and the bytes fewer. On a CPU it is float32, input by input in memory: a product with
-    4 to 63 rows then takes MKL half the time at small widths, and one with a single row no longer. Large ones
-    are kept a second time, in the packed form of oneDNN, which several rows are multiplied with; not those of
+    4 to 63 rows then takes MKL half the time at small widths, one with a single row as long as before. Large
+    ones are kept a second time, in the packed form of oneDNN, which several rows are multiplied with; not those of
     a model of a billion weights, as there may be no room. What is bfloat16 there goes to oneDNN, which wants
     it as it stands.
     """
@@ -223,7 +223,9 @@ class Tape:
             self.result = run(self.x, still, self.held, self.seat, layers)
 
     def idle(self) -> bool:
-        return self.owner is None or self.owner() is None
+        """Whether no log that still lives has a part in the buffers."""
+        log = self.owner and self.owner()
+        return log is None or all(log.entries[name].held is not held for name, held in self.held.items())
 
     def fits(self, x, log, layers: tuple) -> bool:
         """Whether this graph is of these shapes, and its buffers belong to this log or to none that still

@@ -182,15 +182,20 @@ class Log:
         return self.entries["order"].held.size(1)
 
     def make_room(self, more: int) -> None:
-        """Squeezes out empty seats; makes room for `more` states, half of those there, or 64: the most."""
+        """Squeezes out empty seats; makes room for `more` states, half of those there, or 64: the most.
+
+        Capacities are rounded up, by at most 64 or an eighth, so that they are few: each has its CUDA graph.
+        """
         full = self.entries["order"].held[:, : self.size] < FAR
         most = int(full.sum(1).max())
         chosen = full.int().sort(dim=1, descending=True, stable=True).indices[:, :most]  # full seats first
-        more = max(more, most // 2, 64)
+        wanted = most + max(more, most // 2, 64)
+        step = max(64, 1 << wanted.bit_length() - 4)
+        capacity = -(-wanted // step) * step
         for name, entries in self.entries.items():
             old = entries.held
             kept = old[:, :most] if most == self.size else old.take_along_dim(chosen, 1)
-            shape = len(old), most + more, *old.shape[2:]
+            shape = len(old), capacity, *old.shape[2:]
             by_head = 0, 2, 1, 3  # order of the dimensions in memory
             entries.held = torch.empty_permuted(shape, by_head, dtype=old.dtype, device=old.device)
             entries.held[:, :most] = kept

@@ -79,7 +79,7 @@ class Output:
     """What a forward returns; steps, reach and expected_steps are 0 where no token is."""
 
     logits: Tensor | None  # (B, T, V); None: too many to keep beside the loss
-    loss: Tensor | None  # ce + λ · ada, and ε · the loss of every exit (§4)
+    loss: Tensor | None  # ce + λ · ada, and ε · the loss of every exit in training (§4)
     ce: Tensor | None  # mean cross-entropy, nats per token
     ada: Tensor | None  # mean of q^β · Σ_k r[t,k] (§4); of mor its balancing loss
     steps: Tensor  # (B, T) executed latent steps
@@ -186,7 +186,7 @@ class LLaMA(nn.Module):
         return self.norm(self.one_pass(x, states, cache.logs[0])), reach.sum(1), reach
 
     def hidden(self, idx: Tensor, cache: Cache, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """All but the head: idx (B, T) → h̄ (N, d), executed steps (N,), reach (N, ℓ_max) of live tokens."""
+        """Before the head: h̄ (N, d), executed steps (N,), reach (N, ℓ_max) of live tokens; as forward."""
         T, context = idx.size(1), self.config.block_size
         if cache.length + T > context:
             raise ValueError(f"{cache.length} + {T} tokens exceed the context, block_size {context}")
@@ -284,7 +284,7 @@ class LLaMA(nn.Module):
             raise ValueError(f"{temperature=}, {top_k=}, {top_p=}: want >= 0, >= 0 and in (0, 1]")
         first = int(torch.randint(2**31, ())) if seed is None else seed
         seeds = seed if isinstance(seed, list) else range(first, first + len(texts))
-        dice = [torch.Generator().manual_seed(own) for own in seeds]
+        dice = [torch.Generator().manual_seed(own) for own, _ in zip(seeds, texts, strict=True)]
         rows = list(range(len(texts) * (max_new_tokens > 0)))  # the prompts behind the rows of the cache
         left = [max_new_tokens] * len(texts)
         cache = self.prefill([text[:-1] for text in texts])

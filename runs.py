@@ -377,7 +377,8 @@ def check_resumed(config, checkpoint: dict, data: Data, optimizer: torch.optim.O
     path = f"{config.out}/ckpt.pt"
     if not {"train", "data", "optimizer", *asdict(Progress())} <= checkpoint.keys():
         raise BadInput(f"{path} can be sampled, not resumed: it has no optimizer, or is of an older version")
-    for name, old in checkpoint["train"].items():
+    unset = asdict(type(config)())  # for settings that are newer than the checkpoint
+    for name, old in (unset | checkpoint["train"]).items():
         new = getattr(config, name, None)
         if name not in FREE and new != old:
             advice = "resume it as it was, or choose another --out"

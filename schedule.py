@@ -36,7 +36,7 @@ class Recipe(Config):
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     budget: float | None = None  # mean latent steps per token, met by moving τ; None: τ stays
     explore: float = 0.0  # logistic noise on the logits of reach, at the start; falls to 0 over 80 % of steps
-    course: float = 0.5  # share of the steps in which the aim falls from max_latent to the budget; 0: none
+    course: float = 0.5  # share of the steps in which the aim comes to the budget; 0: none
     eval_windows: int = 128  # windows of validation text, the same for every method and seed
     device: str = ""  # cpu, cuda, cuda:N or mps; empty: cuda where there is one
     dtype: str = ""  # of matrix products, bfloat16 or float32; empty: what the device does well
@@ -147,7 +147,7 @@ class BudgetController:
         logits = torch.logit(reach.float())
         if noise is not None:
             logits = logits + noise[:, : reach.size(-1)]
-        logits = logits[reach > 0].clamp(-self.span, self.span)
+        logits = logits.clamp(-self.span, self.span).where(reach > 0, 2 * self.span)  # out of the range
         return torch.histc(logits, self.bins, -self.span, self.span)
 
     def update(self, counts: Tensor, wanted: float) -> float:

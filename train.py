@@ -1,7 +1,7 @@
 """The one training script: one process, or several under torchrun.
 
     python train.py                                    config/tiny.py: minutes on a laptop CPU
-    python train.py --max_latent=0 --out=out/vanilla   the same without thoughts
+    python train.py --max_latent=0 --out=out/vanilla   a plain LLaMA, without thoughts or scaled embeddings
     torchrun --nproc_per_node=8 train.py config/410m.py
     python train.py --init_from=out/vanilla --max_latent=3 --out=out/thinks    start from trained weights
 
@@ -165,7 +165,7 @@ def train(config: Train) -> dict:
         if saves or keeps or improves:
             check_finite({"largest weight": largest(model, optimizer)}, step, path)
         if (RANK == 0 or sharded) and (saves or keeps or improves):
-            at.log = log_state(log)
+            at.log = log_state(log) if RANK == 0 else at.log
             state = {"train": asdict(config), "data": data.fingerprint, **asdict(at)}
             if improves:
                 save(out / "best.pt", model, data.tokenizer, **state)
@@ -178,6 +178,7 @@ def train(config: Train) -> dict:
             result = evaluate(model, data, config, micro, device, stop)
             stopping = not result
             if result:
+                check_finite(result, 0, path)
                 at.result = {"step": 0} | result
                 at.start, at.best = result["val_steps"], result["val_loss"]
                 write_log(log, at.result, board)

@@ -18,12 +18,10 @@ from model import Config
 
 
 @pytest.fixture(autouse=True)
-def same_signals():
-    """A training in this process leaves its answer to Ctrl-C behind."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+def plain_signals():
+    """A training in this process, that of a fixture too, leaves its answer to Ctrl-C behind."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from common import save_checkpoint
 from conftest import uneven
 from costs import make
 from model import Config
+from tokenizer import get_tokenizer
 
 SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_ff": 24, "block_size": 32, "vocab_size": 67}
 
@@ -86,7 +87,7 @@ def test_flops_of_a_checkpoint(call, tmp_path):
 
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 20)
-    tokenizer = prepare.get_tokenizer("bytes")
+    tokenizer = get_tokenizer("bytes")
     model = uneven(vocab_size=tokenizer.n_vocab)
     save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer, result={"val_steps": 0.75})
     out = measured("--methods", "adaptive", "--batch=4")

@@ -306,6 +306,7 @@ def test_a_run_that_fails_ends_the_sweep_with_its_last_line(compared, tmp_path):
     said = Path(re.search(r"\S+\.stderr", err).group())
     assert "Traceback" in said.read_text()
     assert [run["method"] for run in stored(tmp_path)["runs"]] == ["vanilla"]
+    assert [run["method"] for run in calls(tmp_path)] == ["vanilla", "mor"], "loop does not begin"
 
 
 def test_the_figure(compared, tmp_path):

@@ -1,6 +1,7 @@
 """Fast paths change no number: compiled blocks, compiled ticks, another layout of the weights."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from common import BadInput
 from conftest import said, text
 from conftest import uneven as make
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
-from log import broken_compiler
+from log import Log, broken_compiler
 
 QWEN = {"head_dim": 12, "n_kv_head": 2, "qkv_bias": True, "qk_norm": True}
 SHAPES = [*((method, {}) for method in METHODS), ("adaptive", QWEN), ("adaptive", {"weigh_values": True})]
@@ -132,16 +133,38 @@ def test_another_layout_gives_the_same_tokens_and_loads_elsewhere(method, shape,
     assert all(p.is_contiguous() for p in other.parameters())
 
 
-def test_a_packed_product_is_that_of_one_row_and_of_many(monkeypatch):
-    """With a bias and without, and a layout that comes later is not that of before."""
+def test_a_packed_product_is_that_of_one_row_and_of_many():
+    """With a bias and without."""
     for bias in (False, True):
         linear = torch.nn.Linear(48, 32, bias=bias)
         plain = linear.forward
         fast.pack(linear)
+        assert "forward" in vars(linear)
         for shape in ((1, 48), (2, 48), (1, 7, 48), (65, 48), (0, 48)):
             with torch.no_grad():
                 x = torch.randn(shape)
                 torch.testing.assert_close(linear(x), plain(x))
+
+
+def test_buffers_are_idle_once_a_log_has_left_all_of_them():
+    """A row that is replaced moves order and column elsewhere: keys and values still lie there."""
+    log = Log()
+    names = "order", "column", "k0", "v0"
+    for name in names:
+        log.entries[name].held = torch.zeros(2, 8, 1, 1)
+    tape = object.__new__(fast.Tape)
+    tape.owner, tape.held = None, {name: log.entries[name].held for name in names}
+    assert tape.idle()
+    tape.owner = weakref.ref(log)
+    assert not tape.idle()
+    for name in names:
+        assert not tape.idle()
+        log.entries[name].held = log.entries[name].held.clone()
+    assert tape.idle()
+    tape.held = {name: log.entries[name].held for name in names}
+    assert not tape.idle()
+    del log
+    assert tape.idle()
 
 
 def test_where_nothing_can_be_packed_nothing_is(monkeypatch):

@@ -146,6 +146,20 @@ def test_squeezing_keeps_what_is_seen():
     assert log.size == 30 and (log.entries["order"].held[:, log.size :] == FAR).all()
 
 
+def test_capacities_are_few():
+    """Each is a CUDA graph of its own; and none is more than an eighth, or 64, above what was wanted."""
+    found = {}
+    for size in range(1, 4000):
+        log = Log()
+        log.size = size
+        log.entries["order"].held = torch.zeros(1, size, 1, 1, dtype=torch.long)
+        log.make_room(1)
+        wanted = size + max(1, size // 2, 64)
+        assert wanted <= log.capacity() <= wanted + max(64, wanted // 8)
+        found[log.capacity()] = size
+    assert len(found) < 40
+
+
 # ---------------------------------------------------------------------------------------------- the one rule
 
 

@@ -269,11 +269,12 @@ def test_no_new_tokens_are_none():
 # ----------------------------------------------------------------------- 9: FLOPs by formula ≡ FLOPs counted
 
 
-@pytest.mark.parametrize("method,shape", [*((method, {}) for method in METHODS), ("adaptive", FELT)])
+@pytest.mark.parametrize("shape", [{}, {"n_kv_head": 1, "tie_embeddings": True}, QWEN])
+@pytest.mark.parametrize("method,more", [*((method, {}) for method in METHODS), ("adaptive", FELT)])
 @pytest.mark.parametrize("max_latent", [0, 1, 3])
-def test_counted_flops_are_the_formula(method, shape, max_latent):
-    """Row by row, where no seat is empty; a batch is the sum of its rows."""
-    model = make(method, max_latent=max_latent, **shape).train()
+def test_counted_flops_are_the_formula(method, more, shape, max_latent):
+    """Forward and backward, row by row, where no seat is empty; a batch is the sum of its rows."""
+    model = make(method, max_latent=max_latent, **shape, **more).train()
     steps, total = [], 0
     for idx, targets in zip(text().split(1), text(seed=2).split(1)):
         flops, executed = counted(model, idx, targets)

@@ -188,6 +188,14 @@ def test_a_checkpoint_of_the_first_version_is_sampled_not_resumed(folder, data, 
     assert before == contents(folder)
 
 
+def test_what_an_older_version_could_not_set_stands_at_its_default(folder, data, refused):
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    change(folder, train={name: value for name, value in checkpoint["train"].items() if name != "explore"})
+    words = *flags(data, folder, max_steps=7), "--resume"
+    assert "explore=0.0, not 3.0" in refused(*words, "--explore=3")
+    assert train(Train(**SMALL | dict(out=str(folder), data=str(data), max_steps=7, resume=True)))
+
+
 def test_a_model_that_was_kept_is_not_resumed(folder, data, refused):
     os.replace(folder / "best.pt", folder / "ckpt.pt")
     assert "no optimizer" in refused(*flags(data, folder, max_steps=9), "--resume")

@@ -29,10 +29,10 @@ from conftest import said, text, uneven
 from costs import memory
 from fast import compile_training, fuse_norms
 from model import AdaptiveLatentCoT, Config
-from prepare import get_tokenizer
 from test_train import (  # noqa: F401
     ENV, ROOT, SMALL, TORCHRUN, Killed, close, data, flags, kill_step, loopback, losses, one_thread, records,
     script, summary, weights)
+from tokenizer import get_tokenizer
 from train import Train, train
 
 pytestmark = pytest.mark.skipif(not loopback(), reason="no loopback interface")

@@ -110,12 +110,12 @@ def test_a_task_that_cannot_be(arguments, words, call, tmp_path):
     assert all(word in err for word in words) and not (tmp_path / "data").exists()
 
 
-def test_other_data_and_short_contexts_are_refused(data, tmp_path, call):
+def test_short_contexts_are_refused(data):
     with pytest.raises(ValueError, match="do not fit block_size 32"):
         tasks.answers(Oracle(32), Data(str(data), 1), 8)
 
 
-def test_a_run_on_other_tokens_is_refused(data, tmp_path, call):
+def test_a_run_on_other_tokens_and_other_data_are_refused(data, tmp_path, call):
     pytest.importorskip("tokenizers")
     source = tmp_path / "text.txt"
     source.write_text("to be or not to be\n" * 400)
@@ -125,3 +125,5 @@ def test_a_run_on_other_tokens_is_refused(data, tmp_path, call):
          "--device=cpu")
     err = call("tasks", tmp_path / "run", f"--data={data}", code=2)[1]
     assert "another tokenizer" in err
+    err = call("tasks", tmp_path / "run", f"--data={tmp_path}/words", code=2)[1]
+    assert "is not of prepare.py --task=hops" in err

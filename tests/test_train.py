@@ -471,15 +471,6 @@ def test_two_processes_are_one(data, tmp_path, monkeypatch):
     assert len(set(losses(tmp_path / "adaptive in one").values())) == 6
 
 
-def test_batches_are_a_function_of_seed_and_step(data):
-    d = Data(str(data), 16)
-    x, y = d.batch(1, 5, 8, slice(0, 8))
-    parts = [d.batch(1, 5, 8, slice(i, i + 2))[0] for i in range(0, 8, 2)]
-    assert torch.equal(x[:, 1:], y[:, :-1]) and torch.equal(torch.cat(parts), x)
-    assert not torch.equal(d.batch(1, 6, 8, slice(0, 8))[0], x)
-    assert not torch.equal(d.batch(2, 5, 8, slice(0, 8))[0], x)
-
-
 # ------------------------------------------------------------------------------------------------- not finite
 
 
@@ -502,6 +493,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path, monkeypatch, ca
     line = diverges(capsys, Train(out=str(tmp_path / "run"), data=str(data), **SMALL | {"eval_every": 5}))
     assert "at step 4" in line and "ckpt.pt" in line
     assert load_checkpoint(tmp_path / "run")[2]["step"] == 2
+
+
+def test_a_source_whose_predictions_are_not_finite_is_no_start(sources, data, tmp_path, capsys):
+    model, tokenizer, checkpoint = load_checkpoint(sources / "vanilla")
+    model.head.weight.data.fill_(3e38)
+    save_checkpoint(tmp_path / "huge.pt", model, tokenizer)
+    config = Train(**SMALL | dict(init_from=f"{tmp_path}/huge.pt", out=str(tmp_path / "run"), data=str(data)))
+    assert "at step 0" in diverges(capsys, config) and not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(data, tmp_path, capsys):
@@ -691,10 +690,6 @@ def test_too_little_gpu_memory_is_one_line(monkeypatch, capsys):
     assert all(word in line for word in ("--micro_batch_size=8", "--checkpointing", "mor"))
 
 
-if __name__ == "__main__":
-    in_two_processes(Path(sys.argv[1]), Path(sys.argv[2]))
-
-
 def test_tensorboard_shows_what_the_log_has(data, tmp_path, monkeypatch, refused):
     """… once each, of a resumed run too; and where its package is missing nothing is written."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -714,3 +709,7 @@ def test_tensorboard_shows_what_the_log_has(data, tmp_path, monkeypatch, refused
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "pip install tensorboard" in refused("--tensorboard", f"--data={data}", f"--out={tmp_path}/other")
     assert not (tmp_path / "other").exists()
+
+
+if __name__ == "__main__":
+    in_two_processes(Path(sys.argv[1]), Path(sys.argv[2]))
