@@ -45,7 +45,7 @@ from schedule import STEERING
 @dataclass
 class Bench(Config):
     what: str = ""  # flops, speed, growth or memory
-    methods: list[str] = field(default_factory=list)  # some of vanilla, adaptive, loop, …; none: all
+    methods: list[str] = field(default_factory=list)  # some of vanilla, adaptive, …; none: all that can be
     checkpoint: str = ""  # flops: take shape and mean latent steps of this trained model
     mean_latent: float | None = None  # latent steps that adaptive is forced to; None: 1.5, at most max_latent
     batch: int = 8  # flops, speed, memory: sequences at once
@@ -62,7 +62,7 @@ class Bench(Config):
         if self.what not in BENCHES:
             raise ValueError(f"what to measure is {self.what!r}, but must be one of {', '.join(BENCHES)}")
         check_read(self, READ, [self.what], "bench.py ")
-        self.methods = self.methods or list(METHODS)
+        self.methods = self.methods or [m for m in METHODS if m != "mor" or self.n_layer > 2]
         if self.mean_latent is None:
             self.mean_latent = min(1.5, self.max_latent)
         if self.method != "adaptive":
@@ -371,7 +371,9 @@ def main() -> None:
     check_output(Path(bench.results) / "flops.json", "--results", make=True)
     with enough_memory(f"give less than --batch={bench.batch}, or a smaller shape"):
         name, record = BENCHES[bench.what](bench)
-    write_whole(Path(bench.results) / name, json.dumps(machine | record, indent=1, allow_nan=False) + "\n")
+    path = Path(bench.results) / name
+    write_whole(path, json.dumps(machine | record, indent=1, allow_nan=False) + "\n")
+    print(f"\nwritten: {path}")
 
 
 if __name__ == "__main__":

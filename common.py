@@ -188,9 +188,9 @@ def check_predictions(numbers) -> None:
 
 def check_no_run(folder: Path, advice: str) -> None:
     """Raises BadInput, which ends with the advice, where a folder holds a run, or a part of one."""
-    for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json"):
-        if (folder / name).exists():
-            raise BadInput(f"{folder} holds a run already ({name}): {advice}")
+    for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json", "ckpt-*.pt"):  # the last: of --keep_every
+        for path in folder.glob(name):
+            raise BadInput(f"{folder} holds a run already ({path.name}): {advice}")
 
 
 def turn(model, run: str, tau: float | None, max_latent: int | None) -> None:
@@ -205,7 +205,8 @@ def turn(model, run: str, tau: float | None, max_latent: int | None) -> None:
     if config.method == "mor" and (max_latent or 0) > config.max_latent:
         raise BadInput(f"--max_latent={max_latent}: the router of {run} knows at most {config.max_latent}")
     model.tau = model.tau if tau is None else tau
-    model.max_latent = model.max_latent if max_latent is None else max_latent
+    own = config.max_latent if thinks else 0  # that of a vanilla model is only a setting
+    model.max_latent = own if max_latent is None else max_latent
 
 
 def save_checkpoint(path: str | Path, model, tokenizer, weights=None, **rest) -> None:
@@ -223,7 +224,7 @@ def save_checkpoint(path: str | Path, model, tokenizer, weights=None, **rest) ->
     about_model = {"format": FORMAT, "config": config, "model": weights}
     with whole(path) as file:
         torch.save(about_model | {"tokenizer": describe(tokenizer), "ranks": ranks} | rest, file)
-    for folder in Path(path).parent.glob(Path(path).stem + ".[ab]"):  # parts of an older file (shard.py)
+    for folder in Path(path).parent.glob(Path(path).name.replace(".pt", ".[ab]")):  # parts of an older file
         if folder.name != rest.get("parts") and (folder / ".metadata").exists():
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -8,7 +8,6 @@ What is notable here:
 * A run is `python train.py …` in a process of its own, `jobs` of them at a time, which share the cores.
 * A run is written to results/ as it ends, and not made again: after an interruption the same command goes on.
 * Each method gets the best of the given learning rates. A run that diverges is a result too: the worst.
-* Two controls stand beside the methods: adaptive without thoughts, and with every step of every token.
 """
 
 import sys
@@ -68,7 +67,7 @@ class Compare(Recipe):
     def __post_init__(self) -> None:
         if self.method != "adaptive":
             raise ValueError(f"--method={self.method} is not read here; name the methods with --methods")
-        self.methods = self.methods or list(KINDS)
+        self.methods = self.methods or [who for who in KINDS if who != "mor" or self.n_layer > 2]
         check_items("methods", self.methods, KINDS)
         check_items("parts", self.parts, PARTS)
         check_read(self, PARTS, self.parts, "--parts ")
@@ -140,8 +139,11 @@ class Runs:
         self.folder = Path(f"{settings.out}-compare-{shape}")
         check_output(self.path, "--results", make=True)
         self.fingerprint = None  # of the data that the runs were trained on
-        self.finished: dict[Run, dict] = {}
-        self.processes: list[subprocess.Popen] = []
+        self.finished, self.processes = {}, []  # Run → its result; those that are at work
+        self.read()
+
+    def read(self) -> None:
+        """Adds what the results file holds: another compare.py may have written there, too."""
         if not self.path.exists():
             return
         try:
@@ -164,8 +166,7 @@ class Runs:
                  "max_latent": f"K = {run.max_latent}", "n_layer": f"{run.n_layer} layers",
                  "tau": f"τ = {run.tau:g}", "lam": f"λ = {run.lam:g}", "beta": f"β = {run.beta:g}"}
         own = [word for name, word in could.items() if getattr(run, name) != getattr(plain, name)]
-        words = [run.who, *own, f"rate {run.learning_rate:g}", f"seed {run.seed}"]
-        return ", ".join(words if seed else words[:-1])
+        return ", ".join([run.who, *own, f"rate {run.learning_rate:g}"] + [f"seed {run.seed}"] * seed)
 
     def show(self, title: str, kinds: list[Run], seeds: int) -> None:
         """Makes the runs of these kinds that are missing, each with every seed, and prints their table."""
@@ -201,6 +202,7 @@ class Runs:
             try:
                 for count, ended in enumerate(as_completed(results), 1):
                     run = results[ended]
+                    self.read()
                     self.finished[run] = self.about | ended.result() | asdict(run)
                     runs = list(self.finished.values())
                     content = {"settings": self.common, "fingerprint": self.fingerprint, "runs": runs}
@@ -222,8 +224,7 @@ class Runs:
         told = [name for name, value in values.items() if value != "" and name not in unread(run)]
         flags = [f"--{name}={values[name]}" for name in told] + ["--rope_scaling", *scaling] * bool(scaling)
         threads = max(1, torch.get_num_threads() // self.settings.jobs)
-        errors = Path(f"{out}.stderr")
-        with open(errors, "w") as stderr:  # in a session of its own, so that Ctrl-C reaches us alone
+        with open(f"{out}.stderr", "w") as stderr:  # in a session of its own, so that Ctrl-C reaches us alone
             process = subprocess.Popen([sys.executable, str(TRAIN), *flags], stdout=subprocess.DEVNULL,
                                        stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": str(threads)},
                                        start_new_session=True)
@@ -231,11 +232,10 @@ class Runs:
         code = process.wait()
         if code not in (0, DIVERGED) or (code == 0 and not (out / "summary.json").exists()):
             self.pool.shutdown(wait=False, cancel_futures=True)  # before this thread takes the next run
-            said = errors.read_text(encoding="utf-8", errors="replace").splitlines() or ["stopped"]
-            raise BadInput(f"{self.name(run, seed=True)}: {said[-1]} (exit code {code}, {errors})")
+            said = Path(stderr.name).read_text(encoding="utf-8", errors="replace").splitlines() or ["stopped"]
+            raise BadInput(f"{self.name(run, seed=True)}: {said[-1]} (exit code {code}, {stderr.name})")
         path = out / "log.jsonl"  # not there where the first step diverged
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        log = [json.loads(line) for line in lines]
+        log = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         flops = {row["step"]: row["flops"] for row in log if "flops" in row}
         steps = [row["latent_steps"] for row in log if "latent_steps" in row] or [0]
         curve = [(row["step"], flops[row["step"]], row["val_loss"]) for row in log if "val_loss" in row]

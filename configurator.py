@@ -11,6 +11,7 @@ What is notable here:
 
 import ast
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -101,6 +102,7 @@ def run(main) -> None:
     try:
         with enough_memory():
             main()
+        sys.stdout.flush()
     except BadInput as error:
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -110,6 +112,12 @@ def run(main) -> None:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        print(f"{script}: what is printed cannot be written: {reason(error)}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of it at exit
+        sys.exit(2)
 
 
 def check_range(name: str, value, where: str) -> None:
@@ -242,7 +250,7 @@ def _read(path: str | Path) -> list[tuple[str, list[str], str]]:
             value = ast.literal_eval(node.value)
         except (ValueError, TypeError, RecursionError, MemoryError):
             raise BadInput(f"{where}: {name} must be a plain number, string, True, False or list") from None
-        texts = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        texts = [str(item) for item in value] or [""] if isinstance(value, list) else [str(value)]
         settings.append((name, texts, where))
     return settings
 
@@ -285,6 +293,8 @@ def _parse(texts: list[str], kind, key: str, where: str):
     if not texts:
         raise BadInput(f"{where} wants a value, as in {where}=…")
     if typing.get_origin(kind) is list:
+        if texts == [""] and RANGES.get(key) != "not empty":
+            return []
         return [_parse([text], typing.get_args(kind)[0], key, where) for text in texts]
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if type(None) in kinds and kinds[0] is not str and texts[0] in ("None", "none"):

@@ -112,7 +112,7 @@ def read_pieces(path: Path, key: str = "text", separator: str = "") -> Iterator[
         elif kind(path) == ".jsonl":
             yield from _jsonl(path, key)
         else:
-            yield from _text(path, separator.replace("\\n", "\n").encode())
+            yield from _text(path, separator.replace("\\n", "\n").replace("\\r", "\r").encode())
     except BadInput:
         raise
     except Exception as error:  # gzip, zstandard and pyarrow have many

@@ -41,9 +41,9 @@ from documents import check_settings, encode, find_files, read_pieces
 from fast import lay_out
 from log import Cache, pad
 from model import LLaMA
-from page import explain, html_page
+from page import dials, explain, html_page
 from prepare import Data
-from tokenizer import describe, dtype_of
+from tokenizer import describe, dtype_of, same_tokens
 
 TAUS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # what --sweep tries; 0 always thinks to the end
 MOST = 1_000_000  # tokens of a run's own val.bin that are read, unless --max_tokens says otherwise
@@ -139,9 +139,8 @@ def read_bin(path: Path, tokenizer) -> np.ndarray:
         raise BadInput(f"{path} is not a train.bin or val.bin of prepare.py, or does not exist")
     data = Data(str(path.parent), block_size=1)
     theirs = data.tokenizer
-    if describe(theirs) != describe(tokenizer):
-        raise BadInput(f"{path} was made with another tokenizer ({theirs.name}, vocabulary {theirs.n_vocab}) "
-                       f"than the model's ({tokenizer.name}, vocabulary {tokenizer.n_vocab})")
+    if not same_tokens(describe(theirs), describe(tokenizer)):
+        raise BadInput(f"{path} is of another tokenizer, {theirs.name}, than the model: {tokenizer.name}")
     return data.tokens[path.stem]
 
 
@@ -279,13 +278,13 @@ def perplexity(model: LLaMA, tokenizer, ids: np.ndarray, config: Eval) -> tuple[
 def sweep(model: LLaMA, ids: np.ndarray, config: Eval) -> list[dict]:
     """Perplexity and steps by setting of the dials, fewest steps first; best: no other has less of both."""
     own = model.tau, model.max_latent
-    turn_tau = model.config.method == "adaptive" and config.tau is None
+    has_tau = model.config.method == "adaptive"
     points = []
     for most in range(model.max_latent + 1):
-        for tau in sorted({*TAUS, own[0]}) if turn_tau and most else [own[0]]:
+        for tau in sorted({*TAUS, own[0]}) if has_tau and config.tau is None and most else [own[0]]:
             model.tau, model.max_latent = tau, most
             summary, _ = score_text(model, ids, config, f"τ {tau}, ℓ_max {most}")
-            points.append({"tau": tau if most else None, "max_latent": most, **summary})
+            points.append({"tau": tau if most and has_tau else None, "max_latent": most, **summary})
     model.tau, model.max_latent = own
     points.sort(key=lambda point: (point["latent_steps"], point["loss"]))
     for i, point in enumerate(points):
@@ -333,14 +332,15 @@ def evaluate(config: Eval) -> None:
         own = Path(checkpoint.get("train", {}).get("data", "data")) / "val.bin"
         if not own.is_file():
             raise BadInput(f"{own}, the validation text of {config.run}, is not here: name one with --text")
+        if checkpoint.get("data") not in (None, Data(str(own.parent), 1).fingerprint):
+            raise BadInput(f"{own} is other text than that of {config.run}: name one with --text")
         ids = read_text([str(own)], tokenizer, most=config.max_tokens or MOST)
         if config.max_tokens is None and len(ids) == MOST:
             print(f"the first {MOST:,} tokens of {own}; --max_tokens reads fewer or more")
     method = model.config.method
-    found = {"run": config.run, "step": checkpoint.get("step"), "method": method,
-             "tau": model.tau, "max_latent": model.max_latent, "device": str(device)}
-    dials = f", τ {model.tau:g}, ℓ_max {model.max_latent}" if method != "vanilla" else ""
-    title = f"{config.run}: {method}{dials}"
+    found = {"run": config.run, "step": checkpoint.get("step"), "method": method, "device": str(device),
+             "tau": model.tau if method == "adaptive" else None, "max_latent": model.max_latent}
+    title = f"{config.run}: {method}{dials(model)}"
 
     # Measure.
     shown = ""

@@ -92,12 +92,12 @@ def fuse_norms(model) -> None:
 def lay_out(model, dtype=None) -> None:
     """Stores the matrices of blocks and head as decoding reads them fastest. Not to train on.
 
-    On CUDA that is bfloat16 unless dtype says otherwise: autocast makes it of them at each use, so that the
-    numbers are the same and the bytes fewer. On a CPU it is float32, input by input in memory: a product with
-    4 to 63 rows then takes MKL half the time at small widths, one with a single row as long as before. Large
-    ones are kept a second time, in the packed form of oneDNN, which several rows are multiplied with; not those of
-    a model of a billion weights, as there may be no room. What is bfloat16 there goes to oneDNN, which wants
-    it as it stands.
+    On CUDA that is bfloat16 unless dtype says otherwise: autocast makes it of them at each use, so that
+    the numbers are the same and the bytes fewer. On a CPU it is float32, input by input in memory: a
+    product with 4 to 63 rows then takes MKL half the time at small widths, one with a single row as long
+    as before. Large ones are kept a second time, in the packed form of oneDNN, which several rows are
+    multiplied with; not those of a model of a billion weights, as there may be no room. What is bfloat16
+    there goes to oneDNN, which wants it as it stands.
     """
     import torch
     if model.head.weight is model.embed.weight:  # the embedding is read row by row, and stays as it is

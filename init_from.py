@@ -70,11 +70,14 @@ def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
     if b.method == "adaptive" and b.max_latent > 0:
         if budget and kin:
             model.tau = source.tau
+            lines.append(f"τ goes on from {source.tau:.4g}")
         elif budget:
             hold_back(model)
             lines.append("τ is above every reach: no latent step at the start; the budget moves τ")
         elif kin:
             lines.append(f"τ is {model.tau:.4g}, was {source.tau:.4g}")
+    if kin and "router_bias" in typed():
+        lines.append("router_bias is that of the weights; set otherwise, and not used")
     for name in ("block_size", "max_latent", "weigh_values"):
         if getattr(a, name) != getattr(b, name):
             lines.append(f"{name} is {getattr(b, name)}, was {getattr(a, name)}")

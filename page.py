@@ -162,6 +162,12 @@ def kind(text: str) -> str:
 # --------------------------------------------------------------------------------------------------- the page
 
 
+def dials(model: LLaMA) -> str:
+    """What bounds the thoughts of a model, to be added to a title: τ only where there is one."""
+    tau = f", τ {model.tau:g}" if model.config.method == "adaptive" and model.max_latent else ""
+    return f"{tau}, ℓ_max {model.max_latent}" if model.config.method != "vanilla" else ""
+
+
 def html_page(note: str, model: LLaMA, tokenizer, texts: list[list[Piece]],
               prompt: int | None = None) -> str:
     """A page that needs nothing else: page.html with the texts, as JSON, in the place of its word DATA.

@@ -153,12 +153,15 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
     with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         before = 0  # bytes of the files before this one
         for path in files:
-            single = not config.separator and kind(path) not in RECORDS
+            single, ends = kind(path) not in RECORDS, 0
             for piece in read_pieces(path, config.key, config.separator):
                 writer.add(path, piece)
                 bar.update(before + piece.read - bar.n)
-                if single and END in (piece.text or ""):
+                ends += piece.ends
+                if single and not config.separator and END in (piece.text or ""):
                     writer.notes[path] = f"was read as one document, but holds {END}: see --separator"
+            if single and config.separator and ends < 2:
+                writer.notes[path] = f"was read as one document: it holds no --separator={config.separator}"
             before += path.stat().st_size
     writer.flush()
     for file in writer.files.values():

@@ -29,7 +29,8 @@ from common import (BadInput, autocast, check_apart, check_output, check_predict
 from documents import cut, encode
 from fast import compile_ticks, compiles, lay_out
 from model import LLaMA
-from page import Piece, bar, bytes_of, explain, html_page, legend, painted, wants_colour, whole_characters
+from page import (Piece, bar, bytes_of, dials, explain, html_page, legend, painted, wants_colour,
+                  whole_characters)
 
 
 @dataclass
@@ -177,8 +178,7 @@ def main() -> None:
         print(f"\n\n{len(steps)} tokens, {len(steps) / took:.1f} tokens/s, {mean:.2f} latent steps per token "
               f"{amounts}; ended by themselves: {ended} of {len(texts)} texts", file=sys.stderr)
         if config.html:
-            note = (f"{config.run}, τ {model.tau:g}, ℓ_max {model.max_latent}, "
-                    f"temperature {config.temperature:g}, seed {config.seed}")
+            note = f"{config.run}{dials(model)}, temperature {config.temperature:g}, seed {config.seed}"
             explained = [explain(model, tokenizer, ids + [piece.token for piece in text]) for text in texts]
             for text in explained:
                 text[0].text = prompt[0].text

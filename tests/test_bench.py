@@ -33,7 +33,9 @@ def written(tmp_path, name):
 
 
 def test_flops(measured, tmp_path):
+    assert "mor" not in measured("flops", "--batch=1", "--n_layer=1")  # which needs three layers
     out = measured("flops", "--mean_latent=1", "--batch=4")
+    assert "written: " in out
     result = written(tmp_path, "flops-3x16.json")
     methods = result["methods"]
     assert set(methods) == set(METHODS) and all(r["counted_equals_formula"] for r in methods.values())

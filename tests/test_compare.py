@@ -309,6 +309,15 @@ def test_a_run_that_fails_ends_the_sweep_with_its_last_line(compared, tmp_path):
     assert [run["method"] for run in calls(tmp_path)] == ["vanilla", "mor"], "loop does not begin"
 
 
+def test_two_at_once_keep_each_others_runs(compared, tmp_path):
+    arguments = [*flags(tmp_path), "--methods", "vanilla", "--parts", "tokens"]
+    settings = compare.configure(Compare, arguments, default=compare.TINY, also="train.py")
+    ours = compare.Runs(settings)
+    compared("--methods", "loop", "--parts", "tokens")
+    ours.make([plain_run("vanilla", settings)])
+    assert [run["method"] for run in stored(tmp_path)["runs"]] == ["loop", "vanilla"]
+
+
 def test_the_figure(compared, tmp_path):
     pytest.importorskip("matplotlib")
     out = compared("--methods", "vanilla", "adaptive", "--rates", "2e-3", "0.5", "--parts", "rates", "--plot")

@@ -40,6 +40,9 @@ def test_a_file_then_flags(tmp_path):
     a, b = str(tmp_path / "a.py"), str(tmp_path / "b.py")
     wanted = Settings(steps=7, rate=1.0, limit=5, fast=True, names=["x", "y"])
     assert configure(Settings, [a, "--steps=7"]) == wanted
+    assert configure(Settings, [a, "--names="]).names == []
+    (tmp_path / "c.py").write_text("names = []\n")
+    assert configure(Settings, [str(tmp_path / "c.py")]).names == []
     assert configure(Settings, [a, b]) == Settings(steps=4, rate=1.0, limit=None, fast=True, names=["x", "y"])
 
 
@@ -100,6 +103,15 @@ def test_what_is_closed_is_no_terminal():
                               capture_output=True, text=True)
         assert done.returncode == 0 and done.stderr == "", done
         assert done.stdout == ("" if ">&-" in closed.replace("2>&-", "") else " False\n"), done
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
+def test_output_on_a_full_disk_is_one_line():
+    code = "import sys; sys.argv = [\"talks.py\"]; from configurator import run; run(lambda: print(1))"
+    command = f"{sys.executable} -c '{code}' >/dev/full"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "talks.py: what is printed cannot be written: No space left" in done.stderr
 
 
 @pytest.mark.parametrize("argv,want", [

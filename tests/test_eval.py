@@ -19,7 +19,7 @@ from common import save_checkpoint
 from conftest import uneven
 from costs import forward_flops
 from eval import Eval, Tally, perplexity, read_text, score, score_text, sweep, windows, with_fewer_steps
-from prepare import Prepare, prepare
+from prepare import Data, Prepare, prepare
 from tokenizer import describe, get_tokenizer, make_tokenizer, ranks_to_text
 
 ROOT = Path(__file__).parent.parent
@@ -297,6 +297,10 @@ def folder(tmp_path_factory):
     (root / "other" / "ranks.tiktoken").write_bytes(ranks_to_text(other))
     (root / "other" / "meta.json").write_text(json.dumps(meta | {"tokenizer": describe(other)}))
     (root / "one.txt").write_text("a")
+    (root / "changed").mkdir()
+    for name, fingerprint in {"ckpt.pt": "0" * 64, "same.pt": Data(str(data), 1).fingerprint}.items():
+        rest = {"train": {"data": str(data)}, "data": fingerprint}
+        save_checkpoint(root / "changed" / name, make(), BYTES, **rest)
     return root
 
 
@@ -308,6 +312,12 @@ def test_a_run_alone_is_measured_on_its_own_validation_text(folder, call):
     assert a["perplexity"]["loss"] == pytest.approx(b["perplexity"]["loss"], rel=1e-6)
     assert a["step"] == 7 and "machine" in a and "the first" not in out
     assert f"{a['perplexity']['perplexity']:.4f} per token" in out
+    assert a["tau"] == 0.25 and "τ 0.25, ℓ_max 3" in out
+    out, _ = call("eval", folder / "changed" / "same.pt", "--max_tokens=20")
+    assert "20 tokens" in out
+    out, _ = call("eval", folder / "vanilla", "--max_tokens=20", f"--json={folder / 'c.json'}")
+    found = json.loads((folder / "c.json").read_text())
+    assert (found["tau"], found["max_latent"]) == (None, 0) and "τ" not in out and "ℓ_max" not in out
 
 
 def test_of_a_large_validation_text_the_beginning_is_measured_and_said_to_be(folder, call, monkeypatch):
@@ -353,6 +363,7 @@ WRONG = {
     "{root}/adaptive --json={root}/adaptive/ckpt.pt": "ckpt.pt is a file of --run",
     "{root}/adaptive --tasks any --stride=7": "stride is not read here, but by what reads text",
     "{root}/adaptive --text {root}/other/val.bin": "another tokenizer",
+    "{root}/changed": "val.bin is other text than that of",
     "{root}/adaptive --stride=33": "beyond the context of 32",
     "{root}/adaptive --stride=0": "stride is 0",
     "{root}/adaptive --tau=2": "tau is 2.0",

@@ -210,6 +210,8 @@ def test_a_separator_that_was_not_given_is_spoken_of(tmp_path, call):
     _, err = call("prepare", *flags, "--name=many", f"--separator={END}")
     splits, _ = read(tmp_path / "many")
     assert not err and sorted(splits["train"] + splits["val"]) == sorted(DOCUMENTS)
+    _, err = call("prepare", *flags, "--name=none", r"--separator=\r\n")
+    assert len(err.splitlines()) == 1 and r"was read as one document: it holds no --separator=\r\n" in err
     path = write_jsonl(tmp_path / "b.jsonl", [END + "a", "b"])
     _, err = call("prepare", "--input", path, f"--out={tmp_path}")
     assert not err
@@ -427,7 +429,7 @@ def test_a_hidden_file_gives_its_name(tmp_path):
     ("latin.txt", "naïve".encode("latin-1"), [], ["latin.txt holds a document that is no UTF-8 text"]),
     ("bad.jsonl", b'{"text": "x"}\nnot json\n', [], ["bad.jsonl", "line 2"]),
     ("key.jsonl", b'{"body": "x"}\n', [], ["line 1", "--key"]),
-    ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:40], [], ["cut.jsonl.gz", "end-of-stream"]),
+    ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 999, mtime=0)[:40], [], ["cut.jsonl.gz", "end-of"]),
     ("plain.jsonl.gz", b"no gzip", [], ["plain.jsonl.gz", "Not a gzipped file"]),
     ("short.txt", b"ab", [], ["too little text"]),
     ("a.txt", b"text", ["--tokenizer=gpt9"], ["gpt9", "gpt2"]),

@@ -68,7 +68,7 @@ def test_a_folder_that_holds_a_run_is_left_alone(folder, data, refused):
         assert before == contents(folder)
 
 
-@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "log.jsonl", "summary.json"])
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "log.jsonl", "summary.json", "ckpt-4.pt"])
 def test_each_file_of_a_run_is_a_run(name, data, tmp_path, refused):
     (tmp_path / name).write_text("something")
     line = refused(*flags(data, tmp_path))

@@ -266,6 +266,7 @@ class Evil:
 def test_parts_become_one_file(alone, tmp_path, call):
     model = sharded()
     shard.save_shared(tmp_path / "ckpt.pt", model, get_tokenizer("bytes"), step=3)
+    call("shard", tmp_path, tmp_path / "ckpt.single")  # not in the place of what it is made of
     call("shard", tmp_path, tmp_path / "model.pt")
     whole, _, checkpoint = load_checkpoint(tmp_path / "model.pt")
     assert checkpoint["step"] == 3 and "parts" not in checkpoint
