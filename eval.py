@@ -57,7 +57,7 @@ class Eval:
     run: str = "out/tiny"  # folder of a run, or a checkpoint
     text: list[str] = field(default_factory=list)  # files, folders, a .bin; empty: the run's own val.bin
     key: str = "text"  # the field of a .jsonl record or the column of a .parquet file
-    separator: str = ""  # what stands between the documents of a text file; empty: a file is one document
+    separator: str = ""  # between the documents of a text file, \n and \r allowed; empty: a file is one
     max_tokens: int | None = None  # read only so many tokens; None: all of --text, or a million of val.bin
     stride: int | None = None  # tokens that each window after the first counts; None: half the context
     batch_size: int = 8  # windows of text, or requests of a task, in one forward

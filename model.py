@@ -186,7 +186,7 @@ class LLaMA(nn.Module):
         return self.norm(self.one_pass(x, states, cache.logs[0])), reach.sum(1), reach
 
     def hidden(self, idx: Tensor, cache: Cache, live: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Before the head: h̄ (N, d), executed steps (N,), reach (N, ℓ_max) of live tokens; as forward."""
+        """All but the head → h̄ (N, d), steps (N,), reach (N, ℓ_max) of live tokens. Raises as forward."""
         T, context = idx.size(1), self.config.block_size
         if cache.length + T > context:
             raise ValueError(f"{cache.length} + {T} tokens exceed the context, block_size {context}")

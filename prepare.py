@@ -51,7 +51,7 @@ class Prepare:
     val_fraction: float = 0.05  # share of the documents that becomes validation text
     key: str = "text"  # the field of a .jsonl record or the column of a .parquet file
     task: str = ""  # hops: makes the text of a task of known difficulty (tasks.py) instead of reading any
-    separator: str = ""  # what stands between the documents of a text file; empty: a file is one document
+    separator: str = ""  # between the documents of a text file, \n and \r allowed; empty: a file is one
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -43,8 +43,8 @@ from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
                   log_state, restore, say, say_stopped, waiting, write_log)
-from schedule import (OF_ADAPTIVE, BudgetController, Recipe, budget_at, exploration,
-                      is_adaptive, learning_rate, make_optimizer, router_rate, seed_of, unread)
+from schedule import (OF_ADAPTIVE, BudgetController, Recipe, budget_at, exploration, is_adaptive,
+                      learning_rate, make_optimizer, router_rate, seed_of, unread)
 from shard import save_shared
 
 READER = "--method=adaptive with a max_latent of 1 or more, and course with a budget"  # of what is unread
