@@ -215,7 +215,8 @@ class Contestant:
         """Time per token after a prompt of half the context: once all rows have spoken, before one ends."""
         half = max(1, self.config.block_size // 2)
         new = max(1, min(32, self.config.block_size // 8))  # tokens of each row
-        stream = self.decoder.generate(self.idx[:1, :half].expand(batch, -1), 2 * half, temperature=0)
+        prompts = self.idx[:1, :half].expand(batch, -1)
+        stream = self.decoder.generate(prompts, max(16, 2 * half), temperature=0)
         speaking = set()
         steps = []  # of each token
 
@@ -371,9 +372,8 @@ def main() -> None:
     check_output(Path(bench.results) / "flops.json", "--results", make=True)
     with enough_memory(f"give less than --batch={bench.batch}, or a smaller shape"):
         name, record = BENCHES[bench.what](bench)
-    path = Path(bench.results) / name
-    write_whole(path, json.dumps(machine | record, indent=1, allow_nan=False) + "\n")
-    print(f"\nwritten: {path}")
+    write_whole(Path(bench.results) / name, json.dumps(machine | record, indent=1, allow_nan=False) + "\n")
+    print(f"\nwritten: {Path(bench.results) / name}")
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ class Runs:
             for result in stored["runs"]:
                 self.finished[Run(**{f.name: result[f.name] for f in fields(Run)})] = result
             other = [name for name, ours in self.common.items() if theirs[name] != ours]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BadInput(f"{self.path} is not of compare.py ({error!r}); want another --results") from None
         if other:
             raise BadInput(f"{self.path} has other settings ({', '.join(other)}): choose another --results")

@@ -220,6 +220,9 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
             values[key] = _parse([word, *more], kinds[key], key, key)
         else:
             raise BadInput(f"{word!r} is neither a config file (.py) nor --key=value")
+    for own in fields(cls):
+        if values.get(own.name) == [] and own.default_factory is not list:
+            raise BadInput(f"--{own.name} is empty, but must hold something")
     try:
         return cls(**values)
     except ValueError as error:

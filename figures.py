@@ -47,7 +47,7 @@ def read_log(name: str) -> list[dict]:
         lines = path.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not whole
         steps = [row["step"] for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} is not the log.jsonl of a run of train.py: {reason(error)}") from None
     if not any("flops" in row for row in rows) or steps != sorted(steps):
         raise BadInput(f"{path} holds no step of training yet")

@@ -32,6 +32,7 @@ from model import Config, LLaMA
 from tokenizer import END, from_json, to_json
 
 SHARD = 5 * 10**9  # bytes of a file of weights, at most
+KINDS = {"tie_word_embeddings": (bool, type(None)), "rms_norm_eps": (float,), "initializer_range": (float,)}
 NAMES = {  # ours → Hugging Face's, part by part
     "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "blocks": "model.layers",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "wq": "self_attn.q_proj",
@@ -72,12 +73,15 @@ def read_config(folder: Path, block_size: int | None) -> tuple[Config, int | Non
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
         refuse_unsupported(given)
+        for name, kinds in KINDS.items():
+            if name in given and not isinstance(given[name], kinds):
+                raise ValueError(f"{name} is {given[name]!r}, but must be {kinds[0].__name__}")
         config = Config(
             method="vanilla", vocab_size=given["vocab_size"], n_layer=given["num_hidden_layers"],
             n_head=given["num_attention_heads"], n_embd=given["hidden_size"], n_ff=given["intermediate_size"],
             n_kv_head=given.get("num_key_value_heads") or 0,
             head_dim=given.get("head_dim") or (128 if given["model_type"] == "qwen3" else 0),
-            tie_embeddings=given.get("tie_word_embeddings", False),
+            tie_embeddings=bool(given.get("tie_word_embeddings")),
             qkv_bias=given["model_type"] == "qwen2", qk_norm=given["model_type"] == "qwen3",
             norm_eps=given.get("rms_norm_eps", 1e-6), init_std=given.get("initializer_range", 0.02),
             block_size=block_size or given["max_position_embeddings"], max_latent=0, **read_rope(given))
@@ -85,7 +89,7 @@ def read_config(folder: Path, block_size: int | None) -> tuple[Config, int | Non
         if window and window < config.block_size:
             raise ValueError(f"a sliding window of {window} tokens is not supported; with "
                              f"--block_size={window} or less it would see the whole context")
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else reason(error)
         raise BadInput(f"{path} cannot be used: {what}") from None
     end = given.get("eos_token_id")
@@ -138,7 +142,7 @@ def open_weights(folder: Path) -> dict:
         if index.exists():
             listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = [folder / name for name in sorted({*listed.values()})]
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise BadInput(f"{index} cannot be used: {reason(error)}") from None
     where = {}
     for file in files:

@@ -159,9 +159,11 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
                 bar.update(before + piece.read - bar.n)
                 ends += piece.ends
                 if single and not config.separator and END in (piece.text or ""):
-                    writer.notes[path] = f"was read as one document, but holds {END}: see --separator"
+                    note = f"was read as one document, but holds {END}: see --separator"
+                    writer.notes.setdefault(path, note)  # what was skipped matters more
             if single and config.separator and ends < 2:
-                writer.notes[path] = f"was read as one document: it holds no --separator={config.separator}"
+                note = f"was read as one document: no --separator={config.separator} in it"
+                writer.notes.setdefault(path, note)
             before += path.stat().st_size
     writer.flush()
     for file in writer.files.values():
@@ -264,7 +266,7 @@ def is_prepared(folder: Path, wanted: dict) -> bool:
         same = settings == wanted["settings"] and meta["tokenizer"] == wanted["tokenizer"]
         inputs = meta.get("inputs", wanted["inputs"])
         changed = sorted(path for path, _ in inputs.items() ^ wanted["inputs"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise BadInput(f"{folder} exists, and is not a folder of prepare.py: choose another --name") from None
     problem = "with other settings"
     if same:
@@ -303,7 +305,7 @@ class Data:
             self.document = self.meta.get("document", 1)
             if type(self.document) is not int or self.document < 1:
                 raise ValueError(f"document is {self.document!r}, but must be a number of tokens")
-        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             what = unusable(error, "is damaged, or not a folder of prepare.py")
             raise BadInput(f"{folder} {what} ({type(error).__name__}: {error})") from None
         if train_tokens > len(self.tokens["train"]):

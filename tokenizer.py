@@ -157,7 +157,12 @@ def leaves_out(pattern: str) -> str:
     text = "".join(chr(i) for i in range(0x10000) if not 0xD800 <= i < 0xE000)
     ranks = {bytes([i]): i for i in range(256)}
     encoding = tiktoken.Encoding("probe", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    found = bytes(encoding.encode_ordinary(text)).decode("utf-8", "replace")
+    try:
+        found = bytes(encoding.encode_ordinary(text)).decode("utf-8", "replace")
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # tiktoken's own, which is no Exception
+            raise
+        raise ValueError(f"the pattern {pattern!r} cannot be used") from None
     return "".join(sorted(set(text) - set(found)))
 
 
@@ -170,7 +175,7 @@ def from_json(path: Path, end: int | None) -> tiktoken.Encoding:
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
         return _from_spec(spec, path.resolve().parent.name, end)
-    except (OSError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         what = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else reason(error)
         raise BadInput(f"{path} cannot be used: {what}") from None
 
@@ -216,9 +221,12 @@ def _from_spec(spec: dict, name: str, end: int | None) -> tiktoken.Encoding:
         if token not in special and (len(token) == 1 or token in reached or model.get("ignore_merges")):
             ranks[bytes(byte_of[character] for character in token)] = number
 
+    if not ranks:
+        raise ValueError("its vocab holds no token")
+
     # Every number up to the last is a token's; one of them ends a text.
     taken = {*ranks.values(), *special.values()}
-    special |= {f"<|unused {i}|>": i for i in range(max(taken)) if i not in taken}
+    special |= {f"<|unused {i}|>": i for i in range(min(max(taken), len(ranks) + 10_000)) if i not in taken}
     if END not in special:
         names = {number: name for name, number in special.items()}
         if end not in names:

@@ -131,6 +131,10 @@ def test_speed(measured, tmp_path):
     assert [cell.strip() for cell in out.splitlines()[0].strip("|").split("|")] == head
 
 
+def test_speed_of_a_context_of_one_token(measured):
+    assert "adaptive" in measured("speed", "--block_size=1", "--batch=1", "--rounds=1", "--methods=adaptive")
+
+
 def test_speed_of_all_methods_runs(measured, tmp_path):
     measured("speed", "--rounds=1", "--batch=1", "--max_latent=1", "--n_kv_head=1")
     methods = written(tmp_path, "speed-cpu-3x16.json")["methods"]

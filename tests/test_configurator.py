@@ -40,9 +40,11 @@ def test_a_file_then_flags(tmp_path):
     a, b = str(tmp_path / "a.py"), str(tmp_path / "b.py")
     wanted = Settings(steps=7, rate=1.0, limit=5, fast=True, names=["x", "y"])
     assert configure(Settings, [a, "--steps=7"]) == wanted
-    assert configure(Settings, [a, "--names="]).names == []
-    (tmp_path / "c.py").write_text("names = []\n")
-    assert configure(Settings, [str(tmp_path / "c.py")]).names == []
+    (tmp_path / "c.py").write_text("num_fewshot = []\n")
+    for words in (["--num_fewshot=3", str(tmp_path / "c.py")], ["--num_fewshot=3", "--num_fewshot="]):
+        assert configure(Settings, words).num_fewshot == []
+    with pytest.raises(BadInput, match="--names is empty"):
+        configure(Settings, ["--names="])
     assert configure(Settings, [a, b]) == Settings(steps=4, rate=1.0, limit=None, fast=True, names=["x", "y"])
 
 

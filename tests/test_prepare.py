@@ -211,7 +211,11 @@ def test_a_separator_that_was_not_given_is_spoken_of(tmp_path, call):
     splits, _ = read(tmp_path / "many")
     assert not err and sorted(splits["train"] + splits["val"]) == sorted(DOCUMENTS)
     _, err = call("prepare", *flags, "--name=none", r"--separator=\r\n")
-    assert len(err.splitlines()) == 1 and r"was read as one document: it holds no --separator=\r\n" in err
+    assert len(err.splitlines()) == 1 and r"was read as one document: no --separator=\r\n in it" in err
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin1"))
+    words = ["--input", tmp_path / "a.txt", tmp_path / "latin.txt", f"--out={tmp_path}", f"--separator={END}"]
+    _, err = call("prepare", *words, "--name=skips")
+    assert len(err.splitlines()) == 1 and "latin.txt holds a document that is no UTF-8 text" in err
     path = write_jsonl(tmp_path / "b.jsonl", [END + "a", "b"])
     _, err = call("prepare", "--input", path, f"--out={tmp_path}")
     assert not err
@@ -532,6 +536,7 @@ def write_meta(folder, change):
     (lambda f: (f / "val.bin").write_bytes((f / "val.bin").read_bytes()[:-3]), ["val.bin", "damaged"]),
     (lambda f: (f / "meta.json").write_text("{"), ["damaged"]),
     (lambda f: (f / "meta.json").write_text("[]"), ["damaged"]),
+    (lambda f: (f / "meta.json").write_text("[" * 200_000), ["damaged"]),
     (lambda f: (f / "meta.json").unlink(), ["meta.json"]),
     (lambda f: (f / "train.bin").unlink(), ["train.bin"]),
     (lambda f: (f / "ranks.tiktoken").write_bytes((f / "ranks.tiktoken").read_bytes()[:-20]), ["ranks"]),

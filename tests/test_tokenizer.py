@@ -222,6 +222,7 @@ def swap_merges(spec):
 
 
 PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}]}
+FAR_AWAY = {"id": 10**12, "content": "<far>", "special": True}
 BLANKS = {"id": 900, "content": "    ", "special": False}
 
 
@@ -239,6 +240,8 @@ BLANKS = {"id": 900, "content": "    ", "special": False}
     (change(pre_tokenizer=sequence(split("a+") | {"invert": True}, LEVEL)), "isolating"),
     (change(pre_tokenizer=sequence(split("a+"), GPT2)), "alone or after one"),
     (change(pre_tokenizer=sequence(split(r"\w+|\s+"), LEVEL)), "does not match .* characters"),
+    (change(pre_tokenizer=sequence(split(""), LEVEL)), "cannot be used"),
+    (change_model(vocab={}, merges=[]), "no token"), (lambda spec: spec["added_tokens"].append(FAR_AWAY), "not far"),
     (change(pre_tokenizer=sequence(split("("), LEVEL)), ""), (swap_merges, "order of its merges"),
     (change(added_tokens=[BLANKS]), "cuts text"), (change(model=None), ""),
     (lambda spec: spec["model"].pop("merges"), "'merges'"), (change_model(merges=[["a", "zzz"]]), "azzz"),
@@ -250,7 +253,7 @@ def test_what_is_not_supported_is_named(broken, words, spec, tmp_path):
         read(tmp_path, given)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", '{"model": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", '{"model": 3}', "[" * 200_000], ids=len)
 def test_what_is_no_tokenizer_json(text, tmp_path):
     with pytest.raises(BadInput, match="tokenizer.json cannot be used"):
         read(tmp_path, text)
