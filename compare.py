@@ -30,10 +30,10 @@ import torch
 
 import figures
 from baselines import METHODS, build
-from common import (BadInput, about, check_items, check_output, check_read, configure, optional, run, table,
-                    typed, write_whole)
+from common import (BadInput, about, check_items, check_output, check_read, configure, optional, read_json,
+                    run, table, typed, write_whole)
 from prepare import Data
-from schedule import DIVERGED, Recipe, unread
+from schedule import DIVERGED, OF_ADAPTIVE, Recipe, unread
 
 TRAIN = Path(__file__).with_name("train.py")
 NO_THOUGHTS = "no thoughts"  # a control: adaptive's embedding scale, but never a latent step
@@ -42,7 +42,7 @@ KINDS = (*METHODS, NO_THOUGHTS, ALL_STEPS)
 TRAINED = [f.name for f in fields(Recipe)]  # what train.py is told
 PARTS = {"rates": "rates rate_steps", "tokens": "seeds", "flops": "seeds", "lengths": "seeds lengths",
          "pareto": "seeds budgets ks depths"}  # the tables, and the settings that not all of them read
-READERS = {"adaptive": "explore exit_loss weigh_values", ALL_STEPS: "exit_loss weigh_values"}
+READERS = {"adaptive": " ".join(OF_ADAPTIVE), ALL_STEPS: "exit_loss weigh_values"}
 HEAD = "run|tokens|training FLOPs|steps, training|steps, validation|validation loss|bits per byte".split("|")
 FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": ".2f", "val_loss": ".4f",
            "bits_per_byte": ".4f"}
@@ -147,13 +147,13 @@ class Runs:
         if not self.path.exists():
             return
         try:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
+            stored = read_json(self.path)
             unset = {name: getattr(Recipe, name, []) for name in TRAINED}  # of files older than a setting
             theirs, self.fingerprint = unset | stored["settings"], stored.get("fingerprint")
             for result in stored["runs"]:
                 self.finished[Run(**{f.name: result[f.name] for f in fields(Run)})] = result
             other = [name for name, ours in self.common.items() if theirs[name] != ours]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{self.path} is not of compare.py ({error!r}); want another --results") from None
         if other:
             raise BadInput(f"{self.path} has other settings ({', '.join(other)}): choose another --results")
@@ -241,7 +241,7 @@ class Runs:
         curve = [(row["step"], flops[row["step"]], row["val_loss"]) for row in log if "val_loss" in row]
         result = dict.fromkeys("val_loss perplexity bits_per_byte val_steps flops tokens".split())
         if code == 0:
-            result = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+            result = read_json(out / "summary.json")
             del result["config"]
         return result | {"curve": curve, "train_steps": statistics.mean(steps)}
 

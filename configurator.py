@@ -13,6 +13,7 @@ import ast
 import difflib
 import errno
 import inspect
+import json
 import os
 import re
 import sys
@@ -75,6 +76,14 @@ def lacks_memory(error: BaseException) -> bool:
 def unusable(error: BaseException, otherwise: str) -> str:
     """What is wrong with a file that could not be taken in: not always the file."""
     return "does not fit into memory" if lacks_memory(error) else otherwise
+
+
+def read_json(path: Path):
+    """What a file of JSON holds. Raises OSError, or ValueError where it is none or nested too deeply."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(reason(error)) from None
 
 
 @contextmanager
@@ -253,8 +262,8 @@ def _read(path: str | Path) -> list[tuple[str, list[str], str]]:
             value = ast.literal_eval(node.value)
         except (ValueError, TypeError, RecursionError, MemoryError):
             raise BadInput(f"{where}: {name} must be a plain number, string, True, False or list") from None
-        texts = [str(item) for item in value] or [""] if isinstance(value, list) else [str(value)]
-        settings.append((name, texts, where))
+        texts = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        settings.append((name, texts or [""], where))  # as --name= has it
     return settings
 
 

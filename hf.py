@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from baselines import build
-from common import (BadInput, check_no_run, configure, load_checkpoint, optional, reason, run,
-                    save_checkpoint, unusable)
+from common import (BadInput, check_no_run, configure, load_checkpoint, optional, read_json, reason,
+                    run, save_checkpoint, unusable)
 from model import Config, LLaMA
 from tokenizer import END, from_json, to_json
 
@@ -71,7 +71,7 @@ def read_config(folder: Path, block_size: int | None) -> tuple[Config, int | Non
     """
     path = folder / "config.json"
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = read_json(path)
         refuse_unsupported(given)
         for name, kinds in KINDS.items():
             if name in given and not isinstance(given[name], kinds):
@@ -89,7 +89,7 @@ def read_config(folder: Path, block_size: int | None) -> tuple[Config, int | Non
         if window and window < config.block_size:
             raise ValueError(f"a sliding window of {window} tokens is not supported; with "
                              f"--block_size={window} or less it would see the whole context")
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else reason(error)
         raise BadInput(f"{path} cannot be used: {what}") from None
     end = given.get("eos_token_id")
@@ -140,9 +140,9 @@ def open_weights(folder: Path) -> dict:
     files = [folder / "model.safetensors"]
     try:
         if index.exists():
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = read_json(index)["weight_map"]
             files = [folder / name for name in sorted({*listed.values()})]
-    except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{index} cannot be used: {reason(error)}") from None
     where = {}
     for file in files:

@@ -33,7 +33,7 @@ import tiktoken
 from tqdm import tqdm
 
 from bpe import train_bpe
-from common import BadInput, configure, reason, run, unusable
+from common import BadInput, configure, read_json, reason, run, unusable
 from documents import (RECORDS, Hashes, Piece, check_settings, encode, find_files, kind, read_pieces,
                        standard_library, validates)
 from tokenizer import (END, GPT2_PATTERN, describe, dtype_of, get_tokenizer, make_tokenizer, ranks_to_text,
@@ -261,12 +261,12 @@ def is_prepared(folder: Path, wanted: dict) -> bool:
     if not os.path.lexists(folder):
         return False
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_json(folder / "meta.json")
         settings = {"separator": "", "task": ""} | meta["settings"]  # a folder of old has neither, nor inputs
         same = settings == wanted["settings"] and meta["tokenizer"] == wanted["tokenizer"]
         inputs = meta.get("inputs", wanted["inputs"])
         changed = sorted(path for path, _ in inputs.items() ^ wanted["inputs"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{folder} exists, and is not a folder of prepare.py: choose another --name") from None
     problem = "with other settings"
     if same:
@@ -298,14 +298,14 @@ class Data:
             found = "is a file" if self.folder.exists() else "does not exist"
             raise BadInput(f"{folder} {found}: run python prepare.py first, or name its folder with --data")
         try:
-            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            self.meta = read_json(self.folder / "meta.json")
             ranks = (self.folder / "ranks.tiktoken").read_bytes()
             self.tokenizer = restore_tokenizer(self.meta["tokenizer"], ranks)
             self.tokens = {split: self._open(split) for split in ("train", "val")}
             self.document = self.meta.get("document", 1)
             if type(self.document) is not int or self.document < 1:
                 raise ValueError(f"document is {self.document!r}, but must be a number of tokens")
-        except (OSError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             what = unusable(error, "is damaged, or not a folder of prepare.py")
             raise BadInput(f"{folder} {what} ({type(error).__name__}: {error})") from None
         if train_tokens > len(self.tokens["train"]):
@@ -361,7 +361,7 @@ def main() -> None:
     config = configure(Prepare)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that what is half written goes
     folder = prepare(config)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    meta = read_json(folder / "meta.json")
     for split in ("train", "val"):
         counts = meta[split]
         print(f"{folder}/{split}.bin: {counts['tokens']:,} tokens of {counts['documents']:,} documents, "

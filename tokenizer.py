@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from common import BadInput, load_checkpoint, reason
+from common import BadInput, load_checkpoint, read_json, reason
 
 END = "<|endoftext|>"  # ends every document
 # GPT-2's pattern, which a file of ranks gets, since it carries none of its own
@@ -173,9 +173,9 @@ def from_json(path: Path, end: int | None) -> tiktoken.Encoding:
     so. Added tokens are special ones: they are not looked for in text. Raises BadInput.
     """
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec = read_json(path)
         return _from_spec(spec, path.resolve().parent.name, end)
-    except (OSError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:
         what = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else reason(error)
         raise BadInput(f"{path} cannot be used: {what}") from None
 

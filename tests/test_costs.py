@@ -19,6 +19,20 @@ T = SHAPE["block_size"]
 CONFIGS = Path(__file__).parent.parent / "config"
 
 
+@pytest.mark.parametrize("other", [
+    {}, {"n_kv_head": 1, "tie_embeddings": True}, {"head_dim": 12, "qkv_bias": True, "qk_norm": True}])
+@pytest.mark.parametrize("K", [0, 1, 3])
+def test_a_forced_router_costs_what_the_formula_says(K, other):
+    """Exactly, forward and backward, row by row; of all methods with routers of their own: test_model.py."""
+    model = make(Config(max_latent=K, **SHAPE | other), "cpu", 0.5 * K).eval()
+    idx, targets = torch.randint(0, 67, (2, 3, T))
+    total, steps = counted(model, idx, targets)
+    assert total == float(training_flops(*forward_flops(model, steps)))
+    if K == 3:
+        assert len(set(steps.sum(1).tolist())) > 1, "rows differ"
+        assert steps.max() > 1, "some tokens take several steps"
+
+
 def test_a_trained_router_costs_what_the_formula_says():
     """The same with the model's own router, whose halting depends on the token."""
     model = uneven()

@@ -317,7 +317,8 @@ def test_tasks_end_to_end_with_and_without_examples(folder):
 def test_more_examples_than_there_are_are_refused_in_one_line(folder):
     words = ["--tasks=tiny_keyword", "--num_fewshot=1000", f"--include_path={ROOT}/tests/tasks"]
     code, _, complaint = command(folder, folder / "wide", *words, "--limit=1")
-    assert code == 2 and "eval.py: --num_fewshot=1000: a task has fewer" in complaint.splitlines()[-1]
+    last = complaint.splitlines()[-1]
+    assert code == 2 and "eval.py: --num_fewshot=1000: a task has fewer examples" in last
 
 
 def test_a_task_that_cannot_be_loaded_is_one_line(folder, tmp_path):

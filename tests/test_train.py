@@ -606,7 +606,7 @@ def refused(call):
     (["--method=loop", "--explore=2"], ["explore is not read", "--method=adaptive"]),
     (["--max_latent=0", "--weigh_values"], ["weigh_values is not read", "max_latent"]),
     (["--max_latent=0", "--course=0.1"], ["not read here", "max_latent"]),
-    (["--budget=None", "--course=0.1"], ["--course is not read", "budget"]),
+    (["--budget=None", "--course=0.1"], ["--course is not read here", "budget"]),
     (["--train_tokens=16"], ["--train_tokens=16", "window of 17"]),
     (["--global_batch_size=4", "--micro_batch_size=3"], ["micro_batch_size", "divide"]),
     (["--block_size=100000"], ["window", "block_size"]),
