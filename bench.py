@@ -31,9 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from baselines import METHODS
-from common import (BadInput, about, autocast, check_items, check_output, check_read, configure,
-                    enough_memory, load_checkpoint, measure_roof, pick_device, precision, run, table, timed,
-                    typed, write_whole)
+from common import (BadInput, about, autocast, check_items, check_output, check_read, check_typed,
+                    configure, enough_memory, load_checkpoint, measure_roof, pick_device, precision, run,
+                    table, timed, write_whole)
 from costs import (bytes_read, costs, counted, fitting, forward_flops, going_on, made_up_steps, make, memory,
                    training_flops)
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
@@ -365,8 +365,7 @@ READ = {"flops": "methods checkpoint mean_latent batch",  # settings that not al
 
 def main() -> None:
     bench = configure(Bench, positional=("what",), default=TINY, also="train.py")
-    for name in typed() & STEERING:
-        raise BadInput(f"--{name} is not read here: adaptive is forced to --mean_latent")
+    check_typed(dict.fromkeys(STEERING, "train.py: adaptive is forced to --mean_latent"))
     precision(pick_device(bench.device), bench.dtype)  # its checks
     machine = about()
     check_output(Path(bench.results) / "flops.json", "--results", make=True)

@@ -30,8 +30,8 @@ import torch
 
 import figures
 from baselines import METHODS, build
-from common import (BadInput, about, check_items, check_output, check_read, configure, optional, read_json,
-                    run, table, typed, write_whole)
+from common import (BadInput, about, check_items, check_output, check_read, check_typed, configure,
+                    optional, read_json, run, table, write_whole)
 from prepare import Data
 from schedule import DIVERGED, OF_ADAPTIVE, Recipe, unread
 
@@ -72,8 +72,8 @@ class Compare(Recipe):
         check_items("parts", self.parts, PARTS)
         check_read(self, PARTS, self.parts, "--parts ")
         check_read(self, READERS, [who for who in self.methods if who in READERS], "--methods ")
-        if "rates" in self.parts and "learning_rate" in typed():
-            raise ValueError("learning_rate is not read with --parts rates, which tries all of --rates")
+        tried = {"learning_rate": "--parts without rates, which tries all of --rates"}
+        check_typed(unread(self) | tried if "rates" in self.parts else unread(self))
         for budget in (self.budget or 0, *self.budgets) if "adaptive" in self.methods else ():
             if budget > self.max_latent > 0:
                 raise ValueError(f"budget {budget:g} does not lie between 0 and max_latent {self.max_latent}")

@@ -273,6 +273,15 @@ def typed(argv: list[str] | None = None) -> set[str]:
     return {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
 
 
+def check_typed(readers: dict[str, str]) -> None:
+    """Raises BadInput where a setting that nothing reads here stands on the command line; a config file may
+    hold it. readers: such settings → what reads them.
+    """
+    for name, reader in readers.items():
+        if name in typed():
+            raise BadInput(f"--{name} is not read here, but by {reader}")
+
+
 def _check_known(key: str, kinds: dict, where: str, free: list[str] | None = None) -> None:
     """free: the fields that bare arguments still fill, as a text that begins with -- cannot."""
     if key in kinds:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from common import BadInput, typed
+from configurator import BadInput, typed
 from model import Config, LLaMA
 from prepare import Data
 from runs import say
@@ -76,6 +76,8 @@ def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
             lines.append("τ is above every reach: no latent step at the start; the budget moves τ")
         elif kin:
             lines.append(f"τ is {model.tau:.4g}, was {source.tau:.4g}")
+    if budget and "tau" in typed():
+        lines.append("tau is what the budget makes it; set otherwise, and not used")
     if kin and "router_bias" in typed():
         lines.append("router_bias is that of the weights; set otherwise, and not used")
     for name in ("block_size", "max_latent", "weigh_values"):

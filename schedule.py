@@ -13,6 +13,7 @@ from model import AdaptiveLatentCoT, Config, LLaMA
 
 OF_ADAPTIVE = "explore", "exit_loss", "weigh_values"  # settings that nothing else reads, off by default
 STEERING = {"budget", "course", "lam", "beta", "tau", "router_bias"}  # likewise, but on by default
+ROUTED = "--method=adaptive with a max_latent of 1 or more"  # what reads both
 DIVERGED = 3  # exit code of a training whose numbers are no longer finite
 
 
@@ -52,11 +53,11 @@ def is_adaptive(config) -> bool:
     return config.method == "adaptive" and config.max_latent > 0
 
 
-def unread(config) -> set[str]:
-    """The settings that are there for other trainings than this one."""
+def unread(config) -> dict[str, str]:
+    """The settings that are there for other trainings than this one → what reads them."""
     if not is_adaptive(config):
-        return {*OF_ADAPTIVE, *STEERING}
-    return {"course"} if config.budget is None else set()
+        return dict.fromkeys((*OF_ADAPTIVE, *STEERING), ROUTED)
+    return {"course": "--budget"} if config.budget is None else {}
 
 
 def learning_rate(config, step: int) -> float:

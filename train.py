@@ -31,9 +31,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from baselines import build
-from common import (BadInput, about, autocast, check_read, configure, enough_memory, load_checkpoint,
-                    measure_roof, optional, pick_device, precision, run, save_checkpoint, typed,
-                    write_whole)
+from common import (about, autocast, check_read, check_typed, configure, enough_memory, load_checkpoint,
+                    measure_roof, optional, pick_device, precision, run, save_checkpoint, write_whole)
 from costs import forward_flops, training_flops
 from fast import compile_training, compiles, fuse_norms
 from init_from import check_source, take_shape, take_weights
@@ -43,11 +42,9 @@ from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
                   log_state, restore, say, say_stopped, waiting, write_log)
-from schedule import (OF_ADAPTIVE, BudgetController, Recipe, budget_at, exploration, is_adaptive,
+from schedule import (OF_ADAPTIVE, ROUTED, BudgetController, Recipe, budget_at, exploration, is_adaptive,
                       learning_rate, make_optimizer, router_rate, seed_of, unread)
 from shard import save_shared
-
-READER = "--method=adaptive with a max_latent of 1 or more, and course with a budget"  # of what is unread
 
 
 @dataclass
@@ -67,7 +64,7 @@ class Train(Recipe):
         if not is_adaptive(self):
             self.budget = None  # nothing to steer
             self.lam = 0.0
-            check_read(self, {READER: " ".join(OF_ADAPTIVE)}, [], "")
+            check_read(self, {ROUTED: " ".join(OF_ADAPTIVE)}, [], "")
         if self.budget is not None and not 0 <= self.budget <= self.max_latent:
             raise ValueError(f"budget is {self.budget}, but must lie in [0, max_latent {self.max_latent}]")
 
@@ -291,8 +288,7 @@ def train(config: Train) -> dict:
 def main() -> None:
     with ends_with_the_others():
         config = configure(Train, default=TINY)
-        for name in typed() & unread(config):  # a config file may hold them
-            raise BadInput(f"--{name} is not read here, but by {READER}")
+        check_typed(unread(config))
         size = f"less than --micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
         ways = f"{size}, --checkpointing or, on several GPUs, --shard takes less and changes no number, also"
         with enough_memory(f"{ways} with --resume (but mor's balancing loss); else a smaller model"):

@@ -345,6 +345,7 @@ def test_a_figure_without_matplotlib_is_refused_before_the_work(compared, tmp_pa
     (["--rates", "0"], ["rates"]),
     (["--learning_rate=-1"], ["learning_rate"]),
     (["--learning_rate=1e-3"], ["learning_rate", "--rates"]),
+    (["--course=0.1", "--budget=None"], ["--course is not read here", "--budget"]),
     (["--methods", "vanilla", "no thoughts", "--explore=2"], ["explore", "--methods adaptive"]),
     (["--methods", "vanilla", "--exit_loss=1"], ["exit_loss", "--methods adaptive or all steps"]),
     (["--warmup=2"], ["warmup"]),

@@ -320,6 +320,15 @@ def test_a_shape_that_was_typed_and_is_not_taken_is_named(sources, data, tmp_pat
     assert "head_dim 0" in line and "qkv_bias False" in line and "qk_norm" not in line
 
 
+def test_a_threshold_beside_a_budget_is_named_where_trained_weights_start(sources, data, tmp_path, call):
+    words = [f"--init_from={sources}/tied", f"--data={data}", "--block_size=16", "--eval_windows=4",
+             "--max_steps=1", "--tau=0.3"]
+    with_budget, _ = call("train", *words, f"--out={tmp_path}/a", "--budget=1")
+    without, _ = call("train", *words, f"--out={tmp_path}/b", "--budget=None")
+    assert "tau is what the budget makes it; set otherwise, and not used" in with_budget
+    assert "tau is what" not in without
+
+
 def test_shards_of_one_process_are_spoken_of(data, tmp_path, call):
     out, _ = call("train", *flags(data, tmp_path), "--shard", "--max_steps=1")
     assert "--shard changes nothing here" in out
