@@ -248,8 +248,11 @@ def test_damaged_parts_are_refused_and_run_no_code(alone, tmp_path):
     shard.save_shared(tmp_path / "ckpt.pt", sharded(), get_tokenizer("bytes"))
     index, part = tmp_path / "ckpt.a" / ".metadata", tmp_path / "ckpt.a" / "__0_0.distcp"
     good = index.read_bytes(), part.read_bytes()
+    weight = good[1].index(uneven(vocab_size=257).embed.weight.detach().numpy().tobytes())
+    flipped = bytes([good[1][weight] ^ 1])  # the lowest bit of a number, which stays one
     for path, content in [(index, pickle.dumps(Evil())), (index, good[0][:-20]), (part, good[1][:-2000]),
-                          (part, bytes(len(good[1]))), (index, b"")]:
+                          (part, bytes(len(good[1]))), (index, b""),
+                          (part, good[1][:weight] + flipped + good[1][weight + 1 :])]:
         path.write_bytes(content)
         with pytest.raises(BadInput, match="ckpt.a"):
             load_checkpoint(tmp_path)
