@@ -205,7 +205,7 @@ def turn(model, run: str, tau: float | None, max_latent: int | None) -> None:
     if config.method == "mor" and (max_latent or 0) > config.max_latent:
         raise BadInput(f"--max_latent={max_latent}: the router of {run} knows at most {config.max_latent}")
     model.tau = model.tau if tau is None else tau
-    own = config.max_latent if thinks else 0  # that of a vanilla model is only a setting
+    own = config.max_latent * thinks  # that of a vanilla model is only a setting
     model.max_latent = own if max_latent is None else max_latent
 
 
@@ -222,9 +222,10 @@ def save_checkpoint(path: str | Path, model, tokenizer, weights=None, **rest) ->
     ranks = torch.frombuffer(bytearray(ranks_to_text(tokenizer)), dtype=torch.uint8)
     config = asdict(model.config) | {"tau": model.tau}  # which a budget has moved
     about_model = {"format": FORMAT, "config": config, "model": weights}
+    older = Path(path).parent.glob(Path(path).name.replace(".pt", ".[ab]")) if Path(path).exists() else ()
     with whole(path) as file:
         torch.save(about_model | {"tokenizer": describe(tokenizer), "ranks": ranks} | rest, file)
-    for folder in Path(path).parent.glob(Path(path).name.replace(".pt", ".[ab]")):  # parts of an older file
+    for folder in older:  # the parts of the file that stood there
         if folder.name != rest.get("parts") and (folder / ".metadata").exists():
             shutil.rmtree(folder, ignore_errors=True)
 

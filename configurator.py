@@ -155,33 +155,35 @@ def check_items(name: str, items: list[str], known: Iterable[str]) -> None:
 
 
 def check_read(settings, readers: dict[str, str], chosen: list[str], flag: str) -> None:
-    """Raises BadInput where a field does not stand at its default, and nothing reads it that is chosen with
-    `flag`. readers: all that can be chosen → the fields that it reads and not all others do.
+    """Raises BadInput where a field was typed, or does not stand at its default, and nothing reads it that is
+    chosen with `flag`. readers: all that can be chosen → the fields that it reads and not all others do.
     """
     read = " ".join(readers[name] for name in chosen).split()
     for own in fields(settings):
         by = [name for name, names in readers.items() if own.name in names.split()]
         plain = own.default if own.default is not MISSING else own.default_factory()
-        if by and own.name not in read and getattr(settings, own.name) != plain:
+        if by and own.name not in read and (getattr(settings, own.name) != plain or own.name in typed()):
             raise BadInput(f"{own.name} is not read here, but by {flag}{' or '.join(by)}")
 
 
 def check_apart(settings, *names: str) -> None:
     """Raises BadInput where two of these fields, each a path or a list of paths, name the same file; also
-    where a later one names a file in a folder of an earlier one: of a run's, only what train.py wrote.
+    where a later one names a file in a folder of an earlier one: of a run's, only what train.py wrote. A
+    checkpoint's folder is that of its run.
     """
-    taken = {}  # path → its field
+    taken, folders = {}, {}  # path → its field
     for name in names:
         value = getattr(settings, name)
         for path in filter(None, value if isinstance(value, list) else [value]):
             real = Path(os.path.realpath(path))
             for folder in real.parents if real.is_file() else ():
-                owner = taken.get(folder, name)
+                owner = folders.get(folder, name)
                 if owner != name and (owner != "run" or _of_run(real.relative_to(folder))):
                     raise BadInput(f"--{name}={path} is a file of --{owner}: want another name")
             other = taken.setdefault(real, name)
             if other != name:
                 raise BadInput(f"--{other} and --{name} are both {path}, but must be two files")
+            folders.setdefault(real.parent if name == "run" and real.is_file() else real, name)
 
 
 def _of_run(name: Path) -> bool:
@@ -218,10 +220,12 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
             texts = [text] if equals else _take(words, kinds[key])
             values[key] = _parse(texts, kinds[key], key, f"--{key}")
         elif word.endswith(".py") and (Path(word).exists() or not free):  # else a prompt
-            for key, texts, where in _read(word):
+            for key, texts, where, quoted in _read(word):
                 if key in others and key not in kinds:
                     continue
                 _check_known(key, kinds, where)
+                if kinds[key] is str and not quoted:
+                    raise BadInput(f"{where}: {key} must be one text, as in {key} = 'a'")
                 values[key] = _parse(texts, kinds[key], key, f"{where}: {key}")
         elif free:
             key = free.pop(0)
@@ -242,12 +246,16 @@ def _config_files(words: list[str]) -> list[str]:
     return [word for word in words if word.endswith(".py") and not word.startswith("--")]
 
 
-def _read(path: str | Path) -> list[tuple[str, list[str], str]]:
-    """The settings of a config file: (name, values as text, where it stands). Raises BadInput."""
+def _read(path: str | Path) -> list[tuple[str, list[str], str, bool]]:
+    """The settings of a config file: (name, values as text, where it stands, whether it is a text there).
+
+    Raises BadInput.
+    """
     try:
         body = ast.parse(Path(path).read_text(encoding="utf-8-sig")).body
     except SyntaxError as error:
-        raise BadInput(f"{path}, line {error.lineno}: {error.msg}; want lines such as n_layer = 4") from None
+        where = f"{path}, line {error.lineno}" if error.lineno else path  # none where a byte is 0
+        raise BadInput(f"{where}: {error.msg}; want lines such as n_layer = 4") from None
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise BadInput(f"{path} cannot be read: {reason(error)}") from None
     settings = []
@@ -260,10 +268,13 @@ def _read(path: str | Path) -> list[tuple[str, list[str], str]]:
         name = node.targets[0].id
         try:
             value = ast.literal_eval(node.value)
+            if not isinstance(value, (int, float, str, list, type(None))):
+                raise ValueError
         except (ValueError, TypeError, RecursionError, MemoryError):
-            raise BadInput(f"{where}: {name} must be a plain number, string, True, False or list") from None
+            raise BadInput(f"{where}: {name} must be a plain number, string, True, False, None or "
+                           "list") from None
         texts = [str(item) for item in value] if isinstance(value, list) else [str(value)]
-        settings.append((name, texts or [""], where))  # as --name= has it
+        settings.append((name, texts or [""], where, isinstance(value, str)))  # none: as --name= has it
     return settings
 
 
@@ -353,7 +364,7 @@ def _help(file: Path, cls: str, positional: tuple[str, ...], words: list[str], d
     fields = _fields(file, cls)
     for path in _config_files(words) or filter(None, [default]):
         with suppress(BadInput):  # it may be a value, such as that of --input
-            for name, texts, _ in _read(path):
+            for name, texts, *_ in _read(path):
                 if name in fields:
                     fields[name] = (" ".join(texts), fields[name][1])
     bare = [f"[{name}]" for name in positional]

@@ -152,8 +152,7 @@ def windows(ids: np.ndarray, first: int, context: int, stride: int) -> Iterator[
     """
     end = first
     while end < len(ids):
-        start = end
-        end = min(len(ids), start + (context if start == first else stride))
+        start, end = end, min(len(ids), end + (context if end == first else stride))
         yield ids[max(0, end - 1 - context) : start], ids[start:end]
 
 
@@ -312,9 +311,8 @@ def check(config: Eval, model: LLaMA) -> None:
                        "some tokens would not be counted")
     if config.sweep and (model.config.method == "vanilla" or model.config.max_latent == 0):
         raise BadInput(f"--sweep turns nothing: {config.run} holds a model without latent steps")
-    for flag in ("html", "json"):
-        if getattr(config, flag):
-            check_output(getattr(config, flag), f"--{flag}")
+    for flag in [name for name in ("html", "json") if getattr(config, name)]:
+        check_output(getattr(config, flag), f"--{flag}")
     if config.plot:
         figures.check_figure(config.plot, "--plot")
 
@@ -334,6 +332,8 @@ def evaluate(config: Eval) -> None:
             raise BadInput(f"{own}, the validation text of {config.run}, is not here: name one with --text")
         if checkpoint.get("data") not in (None, Data(str(own.parent), 1).fingerprint):
             raise BadInput(f"{own} is other text than that of {config.run}: name one with --text")
+        config.text = [str(own.parent)]  # is read, too: nothing is written over it
+        check_apart(config, "text", "html", "plot", "json")
         ids = read_text([str(own)], tokenizer, most=config.max_tokens or MOST)
         if config.max_tokens is None and len(ids) == MOST:
             print(f"the first {MOST:,} tokens of {own}; --max_tokens reads fewer or more")

@@ -32,7 +32,14 @@ from model import Config, LLaMA
 from tokenizer import END, from_json, to_json
 
 SHARD = 5 * 10**9  # bytes of a file of weights, at most
-KINDS = {"tie_word_embeddings": (bool, type(None)), "rms_norm_eps": (float,), "initializer_range": (float,)}
+KINDS = {  # of config.json: what a field may be
+    (bool, type(None)): "tie_word_embeddings",
+    (float,): "rms_norm_eps initializer_range",
+    (float, int): "rope_theta",
+    (int,): "vocab_size num_hidden_layers num_attention_heads hidden_size intermediate_size "
+            "max_position_embeddings",
+    (int, type(None)): "num_key_value_heads head_dim sliding_window",
+    (dict, type(None)): "rope_parameters rope_scaling quantization_config"}
 NAMES = {  # ours → Hugging Face's, part by part
     "embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head", "blocks": "model.layers",
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "wq": "self_attn.q_proj",
@@ -72,10 +79,11 @@ def read_config(folder: Path, block_size: int | None) -> tuple[Config, int | Non
     path = folder / "config.json"
     try:
         given = read_json(path)
+        for kinds, names in KINDS.items():
+            for name in names.split():
+                if name in given and type(given[name]) not in kinds:
+                    raise ValueError(f"{name} is {given[name]!r}, but must be {kinds[0].__name__}")
         refuse_unsupported(given)
-        for name, kinds in KINDS.items():
-            if name in given and not isinstance(given[name], kinds):
-                raise ValueError(f"{name} is {given[name]!r}, but must be {kinds[0].__name__}")
         config = Config(
             method="vanilla", vocab_size=given["vocab_size"], n_layer=given["num_hidden_layers"],
             n_head=given["num_attention_heads"], n_embd=given["hidden_size"], n_ff=given["intermediate_size"],
@@ -122,7 +130,10 @@ def sliding_window(given: dict) -> int | None:
 
 def read_rope(given: dict) -> dict:
     """rope_theta and rope_scaling; transformers keeps both in rope_parameters from version 5 on."""
-    rope = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    both = [given[name] for name in ("rope_parameters", "rope_scaling") if given.get(name)]
+    if both[1:] and both[0] != both[1]:
+        raise ValueError("rope_parameters and rope_scaling differ: want one of them")
+    rope = both[0] if both else {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", given.get("rope_theta", 10000.0))
     if kind not in ("default", "linear", "llama3"):
@@ -179,6 +190,10 @@ def copy_weights(model: LLaMA, folder: Path) -> None:
         if not tensor.isfinite().all():
             raise BadInput(f"{folder}: {name} is not finite: it holds a NaN or an infinity")
         parameter.copy_(tensor)
+    for name in ignored & where.keys():
+        if not torch.equal(where[name].get_tensor(name).float(), model.embed.weight):
+            raise BadInput(f"{folder}: {name} is not the table of the embedding, but config.json says "
+                           "tie_word_embeddings: set it to false there, or take the weight away")
 
 
 def import_model(config: HF) -> None:

@@ -39,10 +39,12 @@ def take_shape(config, source: Config):
     unset = Config()
     unused = [f"{name} {getattr(config, name)}" for name in shape if getattr(config, name) != shape[name]
               and (name in typed() or getattr(config, name) not in (getattr(unset, name), 0))]
-    if unused and not config.resume:
+    if unused:
         say(f"the shape is that of {config.init_from}; set otherwise, and not used: {', '.join(unused)}")
     try:
-        return replace(config, **shape)
+        config = replace(config, **shape)
+        config.try_to_build()
+        return config
     except ValueError as error:
         raise BadInput(f"--init_from={config.init_from}: {error}") from None
 

@@ -174,6 +174,8 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
         skipped = f"{counts['skipped']} empty or not UTF-8{why}"
         raise BadInput(f"too little text in {len(files)} file(s): {skipped}")
     if not (counts["train"]["tokens"] and counts["val"]["tokens"]):
+        if config.task:  # whose documents stay whole
+            raise BadInput(f"--val_fraction={config.val_fraction} leaves training or validation no document")
         cut_tail(folder, counts, config.val_fraction, tokenizer)
     for path, note in list(writer.notes.items())[:20]:
         print(f"prepare.py: {path} {note}", file=sys.stderr)

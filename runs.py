@@ -378,9 +378,11 @@ def check_resumed(config, checkpoint: dict, data: Data, optimizer: torch.optim.O
     if not {"train", "data", "optimizer", *asdict(Progress())} <= checkpoint.keys():
         raise BadInput(f"{path} can be sampled, not resumed: it has no optimizer, or is of an older version")
     unset = asdict(type(config)())  # for settings that are newer than the checkpoint
-    for name, old in (unset | checkpoint["train"]).items():
+    begun = {"init_from": None} | unset | checkpoint["train"]  # that first, as it sets others
+    for name, old in begun.items():
         new = getattr(config, name, None)
-        if name not in FREE and new != old:
+        same = new == old or name == "init_from" and new and old and Path(new) == Path(old)
+        if name not in FREE and not same:
             advice = "resume it as it was, or choose another --out"
             raise BadInput(f"{config.out} was trained with {name}={old}, not {new}: {advice}")
     if checkpoint["data"] != data.fingerprint:

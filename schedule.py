@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from baselines import build
 from model import AdaptiveLatentCoT, Config, LLaMA
 
 OF_ADAPTIVE = "explore", "exit_loss", "weigh_values"  # settings that nothing else reads, off by default
@@ -46,6 +47,11 @@ class Recipe(Config):
 
     def model_config(self, vocab_size: int) -> Config:
         return Config(**{f.name: getattr(self, f.name) for f in fields(Config)} | {"vocab_size": vocab_size})
+
+    def try_to_build(self) -> None:
+        """Raises ValueError where there is no model of this shape. Costs nothing."""
+        with torch.device("meta"):
+            build(self.model_config(self.vocab_size or 1))
 
 
 def is_adaptive(config) -> bool:

@@ -72,7 +72,8 @@ def answers(model, data, documents: int) -> list[dict]:
     """Accuracy and mean latent steps where h hops answer, h = 1, 2, …, and the steps at all other tokens."""
     length = data.document
     if length > model.config.block_size + 1:
-        raise BadInput(f"{length} tokens of a document do not fit block_size {model.config.block_size}")
+        raise BadInput(f"{length} tokens of a document do not fit block_size {model.config.block_size}: want a "
+                       f"run that was trained with --block_size={length - 1} or more")
     tokens = np.asarray(data.tokens["val"][: documents * length], dtype=np.int64)
     idx = torch.from_numpy(tokens).view(-1, length).to(model.embed.weight.device)
     with torch.no_grad():
@@ -91,7 +92,7 @@ def answers(model, data, documents: int) -> list[dict]:
 
 def main() -> None:
     config = configure(Tasks, positional=("run",))
-    check_apart(config, "run", "json", "plot")
+    check_apart(config, "run", "data", "json", "plot")
     if config.json:
         check_output(config.json, "--json")
     if config.plot:
@@ -104,6 +105,9 @@ def main() -> None:
         raise BadInput(f"{config.run} was trained with another tokenizer than that of --data={config.data}")
     turn(model, config.run, config.tau, config.max_latent)
     config.documents = min(config.documents, len(data.tokens["val"]) // data.document)
+    if config.documents == 0:
+        raise BadInput(f"{config.data} holds no whole document of validation text: prepare it anew, with the "
+                       "default --val_fraction")
     rows = answers(model, data, config.documents)
     shown = [[row["hops"] or "elsewhere", "" if row["accuracy"] is None else f"{row['accuracy']:.1%}",
               f"{row['steps']:.2f}"] for row in rows]

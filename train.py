@@ -59,8 +59,8 @@ class Train(Recipe):
     tensorboard: bool = False  # write the numbers of log.jsonl for TensorBoard too, into out
 
     def __post_init__(self) -> None:
-        with torch.device("meta"):  # costs nothing, and raises ValueError for what cannot be built
-            build(self.model_config(self.vocab_size or 1))
+        if not self.init_from:  # or the shape is its source's
+            self.try_to_build()
         if not is_adaptive(self):
             self.budget = None  # nothing to steer
             self.lam = 0.0

@@ -91,6 +91,11 @@ def test_what_is_read_is_not_written_over(tmp_path):
             check_apart(Settings(run=f"{tmp_path}", names=[f"{tmp_path}/{name}"]), "run", "names")
     for name in ("page.html", "new.pt", "deep/a.txt"):
         check_apart(Settings(run=f"{tmp_path}", names=[f"{tmp_path}/{name}"]), "run", "names")
+    for name in ("ckpt.pt", "log.jsonl"):  # where a run is named by one of its files, too
+        (tmp_path / "best.pt").write_text("")
+        with pytest.raises(BadInput, match=f"--names={tmp_path}/{name} is a file of --run"):
+            check_apart(Settings(run=f"{tmp_path}/best.pt", names=[f"{tmp_path}/{name}"]), "run", "names")
+    check_apart(Settings(run=f"{tmp_path}/best.pt", names=[f"{tmp_path}/page.html"]), "run", "names")
     check_apart(Settings(run="", names=[f"{tmp_path}", f"{tmp_path}/deep/a.txt"]), "run", "names")
     with pytest.raises(BadInput, match="is a file of --names"):
         check_apart(Settings(run=f"{tmp_path}/deep/a.txt", names=[f"{tmp_path}"]), "names", "run")
@@ -185,6 +190,8 @@ def test_a_bare_argument_that_is_no_file_is_no_config_file(tmp_path):
     ("steps = 2 +", ["line 1"]), ("stpes = 2", ["line 1", "'steps'"]), ("steps = 'two'", ["line 1", "whole"]),
     ("tau = 2", ["line 1", "tau", "[0, 1]"]), ("tau = 1e400", ["tau", "inf"]), ("steps = 1\0", ["a.py"]),
     ("steps = [1, 2]", ["steps", "whole number"]), ("a = b = 1", ["line 1"]), ("steps = " + "(" * 5000, []),
+    ("run = None", ["line 1", "run must be one text"]), ("run = ['a']", ["line 1", "run must be one text"]),
+    ("names = {'a': 1}", ["line 1", "names must be a plain"]), ("run = b'a'", ["run must be a plain"]),
 ])
 def test_wrong_config_files(source, words, tmp_path):
     (tmp_path / "a.py").write_text(source.replace("{made}", str(tmp_path / "made")))

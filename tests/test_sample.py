@@ -173,6 +173,7 @@ def test_a_prompt_on_which_the_tokenizer_gives_up_is_one_line(shown, tmp_path, c
     (["a", "--top_p=0"], ["top_p"]),
     (["a", "--num_samples=0"], ["num_samples"]),
     (["a", "--temperature=0", "--top_k=3"], ["top_k is not read", "--temperature above 0"]),
+    (["a", "--temperature=0", "--top_p=0.95"], ["top_p is not read", "--temperature above 0"]),
     (["a", "--temperature=0", "--seed=3"], ["seed is not read"]),
     (["--a prompt"], ["a prompt", "--prompt="]),
     (["a", "--seed=-1"], ["seed"]),

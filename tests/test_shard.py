@@ -275,6 +275,9 @@ def test_parts_become_one_file(alone, tmp_path, call):
     assert checkpoint["step"] == 3 and "parts" not in checkpoint
     assert said(whole, [[1, 2]], 5) == said(uneven(vocab_size=257).eval(), [[1, 2]], 5)
     assert "exists" in call("shard", tmp_path, tmp_path / "model.pt", code=2)[1]
+    (tmp_path / "ckpt.pt").rename(tmp_path / "moved.pt")
+    call("shard", tmp_path / "moved.pt", tmp_path / "ckpt.pt")  # beside parts of that stem, which stay
+    assert load_checkpoint(tmp_path / "moved.pt")[2]["step"] == 3
     assert "want" in call("shard", code=2)[1]
 
 

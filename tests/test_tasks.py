@@ -1,6 +1,8 @@
 """The task of known difficulty: its documents are right, and what is told of a model is true."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -89,6 +91,15 @@ def test_the_command(data, tmp_path, call, monkeypatch):
     assert "\n4 documents" in out and found["settings"]["documents"] == 4
     assert "| elsewhere" in out and len(found["rows"]) == 5 and found["rows"][0]["steps"] == 1
     assert "--plot=x.txt" in call("tasks", tmp_path / "run", f"--data={data}", "--plot=x.txt", code=2)[1]
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    err = call("tasks", tmp_path / "run", f"--data={other}", f"--json={other}/meta.json", code=2)[1]
+    assert "meta.json is a file of --data" in err
+    os.truncate(other / "val.bin", 4)
+    meta = json.loads((other / "meta.json").read_text())
+    meta["val"]["tokens"] = 2
+    (other / "meta.json").write_text(json.dumps(meta))
+    assert "no whole document" in call("tasks", tmp_path / "run", f"--data={other}", code=2)[1]
 
 
 def test_the_figure(tmp_path):
@@ -108,6 +119,13 @@ def test_the_figure(tmp_path):
 def test_a_task_that_cannot_be(arguments, words, call, tmp_path):
     err = call("prepare", *arguments, f"--out={tmp_path}/data", code=2)[1]
     assert all(word in err for word in words) and not (tmp_path / "data").exists()
+
+
+def test_documents_of_a_task_stay_whole(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks.hops, "__defaults__", (30, 0))
+    err = call("prepare", "--task=hops", "--val_fraction=1e-12", f"--out={tmp_path}", code=2)[1]
+    assert "--val_fraction=1e-12 leaves training or validation no document" in err
+    assert not [*tmp_path.iterdir()]
 
 
 def test_short_contexts_are_refused(data):

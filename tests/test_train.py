@@ -320,6 +320,22 @@ def test_a_shape_that_was_typed_and_is_not_taken_is_named(sources, data, tmp_pat
     assert "head_dim 0" in line and "qkv_bias False" in line and "qk_norm" not in line
 
 
+def test_a_shape_that_is_not_taken_need_not_be_possible(sources, data, tmp_path):
+    """mor wants three layers: its source has them."""
+    continued(tmp_path, sources / "vanilla", data, method="mor", max_latent=1, n_layer=2)
+    assert load_checkpoint(tmp_path)[0].config.n_layer == 3
+
+
+def test_a_run_with_a_source_goes_on_with_it_however_it_is_written(sources, data, tmp_path, call):
+    """And says what is wrong where it is not named, and what is not used where that is typed."""
+    shutil.copytree(sources / "vanilla", tmp_path / "source")
+    continued(tmp_path / "run", tmp_path / "source", data, max_latent=1)
+    words = [*flags(data, tmp_path / "run", max_steps=3, max_latent=1, budget=1.0), "--resume"]
+    assert "was trained with init_from=" in call("train", *words, code=2)[1]
+    out, _ = call("train", *words, f"--init_from={tmp_path}/source/", "--n_embd=64")
+    assert "set otherwise, and not used" in out and "n_embd 64" in out
+
+
 def test_a_threshold_beside_a_budget_is_named_where_trained_weights_start(sources, data, tmp_path, call):
     words = [f"--init_from={sources}/tied", f"--data={data}", "--block_size=16", "--eval_windows=4",
              "--max_steps=1", "--tau=0.3"]
