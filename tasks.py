@@ -72,8 +72,8 @@ def answers(model, data, documents: int) -> list[dict]:
     """Accuracy and mean latent steps where h hops answer, h = 1, 2, …, and the steps at all other tokens."""
     length = data.document
     if length > model.config.block_size + 1:
-        raise BadInput(f"{length} tokens of a document do not fit block_size {model.config.block_size}: want a "
-                       f"run that was trained with --block_size={length - 1} or more")
+        raise BadInput(f"{length} tokens of a document do not fit block_size {model.config.block_size}: want "
+                       f"a run that was trained with --block_size={length - 1} or more")
     tokens = np.asarray(data.tokens["val"][: documents * length], dtype=np.int64)
     idx = torch.from_numpy(tokens).view(-1, length).to(model.embed.weight.device)
     with torch.no_grad():
