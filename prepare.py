@@ -235,6 +235,9 @@ def prepare(config: Prepare) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        for other in [path for path in folder.parent.iterdir() if path.name.startswith(f".{name}-")]:
+            print(f"prepare.py: {other} is of a run that is at work, or was killed: if so, remove it",
+                  file=sys.stderr)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as temporary:
             new = Path(temporary) / name
             new.mkdir()

@@ -311,6 +311,15 @@ def test_sigterm_leaves_nothing(tmp_path):
     assert not list((tmp_path / "data").iterdir())
 
 
+def test_what_a_killed_run_left_is_named(tmp_path, capsys):
+    """It may be as large as the text; whether another run is at work on it, only the user knows."""
+    path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
+    (tmp_path / "data" / ".a-x1y2").mkdir(parents=True)
+    prepare.prepare(Prepare([path], out=str(tmp_path / "data")))
+    assert f"{tmp_path}/data/.a-x1y2 is of a run that is at work, or was killed" in capsys.readouterr().err
+    assert (tmp_path / "data" / ".a-x1y2").exists()
+
+
 @pytest.mark.parametrize("fails", ["write", "meta", "mkdir"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(fails, tmp_path, monkeypatch, refused):
     path = write_jsonl(tmp_path / "a.jsonl", DOCUMENTS)
