@@ -205,7 +205,7 @@ def turn(model, run: str, tau: float | None, max_latent: int | None) -> None:
     if config.method == "mor" and (max_latent or 0) > config.max_latent:
         raise BadInput(f"--max_latent={max_latent}: the router of {run} knows at most {config.max_latent}")
     model.tau = model.tau if tau is None else tau
-    model.max_latent = config.max_latent * thinks if max_latent is None else max_latent  # vanilla: unused
+    model.max_latent = config.max_latent * thinks if max_latent is None else max_latent  # vanilla's: 0
 
 
 def save_checkpoint(path: str | Path, model, tokenizer, weights=None, **rest) -> None:

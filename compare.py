@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 import figures
-from baselines import METHODS, build
+from baselines import METHODS
 from common import (BadInput, about, check_items, check_output, check_read, check_typed, configure,
                     optional, read_json, run, table, write_whole)
 from prepare import Data
@@ -72,15 +72,14 @@ class Compare(Recipe):
         check_items("parts", self.parts, PARTS)
         check_read(self, PARTS, self.parts, "--parts ")
         check_read(self, READERS, [who for who in self.methods if who in READERS], "--methods ")
-        tried = {"learning_rate": "--parts without rates, which tries all of --rates"}
-        check_typed(unread(self) | tried if "rates" in self.parts else unread(self))
+        tried = {"learning_rate": "a comparison without rates in --parts: these are all of --rates"}
+        idle = {} if "pareto" in self.parts else unread(self)  # whose budgets are --budgets
+        check_typed(idle | tried if "rates" in self.parts else idle)
         for budget in (self.budget or 0, *self.budgets) if "adaptive" in self.methods else ():
             if budget > self.max_latent > 0:
                 raise ValueError(f"budget {budget:g} does not lie between 0 and max_latent {self.max_latent}")
-        shape = self.model_config(self.vocab_size or 1)
         for run in (plain_run(who, self) for who in self.methods):  # each must be possible
-            with torch.device("meta"):
-                build(replace(shape, method=run.method, max_latent=run.max_latent))
+            self.try_to_build(method=run.method, max_latent=run.max_latent)
         self.budgets = self.budgets or [b for b in (0.5, 1.0, 1.5, 2.0) if b <= self.max_latent]
         self.ks = self.ks or list(range(1, self.max_latent + 1))
         self.lengths = self.lengths or [max(1, self.max_steps // 2), self.max_steps]

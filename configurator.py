@@ -168,8 +168,8 @@ def check_read(settings, readers: dict[str, str], chosen: list[str], flag: str) 
 
 def check_apart(settings, *names: str) -> None:
     """Raises BadInput where two of these fields, each a path or a list of paths, name the same file; also
-    where a later one names a file in a folder of an earlier one: of a run's, only what train.py wrote. A
-    checkpoint's folder is that of its run.
+    where a later one names a file in a folder of an earlier one: in `run` and `data`, one that train.py or
+    prepare.py wrote. A checkpoint's folder is that of its run.
     """
     taken, folders = {}, {}  # path → its field
     for name in names:
@@ -178,7 +178,7 @@ def check_apart(settings, *names: str) -> None:
             real = Path(os.path.realpath(path))
             for folder in real.parents if real.is_file() else ():
                 owner = folders.get(folder, name)
-                if owner != name and (owner != "run" or _of_run(real.relative_to(folder))):
+                if owner != name and _written(owner, real.relative_to(folder)):
                     raise BadInput(f"--{name}={path} is a file of --{owner}: want another name")
             other = taken.setdefault(real, name)
             if other != name:
@@ -186,8 +186,11 @@ def check_apart(settings, *names: str) -> None:
             folders.setdefault(real.parent if name == "run" and real.is_file() else real, name)
 
 
-def _of_run(name: Path) -> bool:
-    return name.suffix == ".pt" or str(name) in ("log.jsonl", "summary.json")
+def _written(owner: str, name: Path) -> bool:
+    """Whether a file in the folder of a field is train.py's or prepare.py's, where the folder is theirs."""
+    if owner == "run":
+        return name.suffix == ".pt" or str(name) in ("log.jsonl", "summary.json")
+    return owner != "data" or str(name) in ("train.bin", "val.bin", "meta.json", "ranks.tiktoken")
 
 
 # ------------------------------------------------------------------------------------------------- settings

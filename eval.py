@@ -42,7 +42,7 @@ from fast import lay_out
 from log import Cache, pad
 from model import LLaMA
 from page import dials, explain, html_page
-from prepare import Data
+from prepare import FILES, Data
 from tokenizer import describe, dtype_of, same_tokens
 
 TAUS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # what --sweep tries; 0 always thinks to the end
@@ -332,7 +332,7 @@ def evaluate(config: Eval) -> None:
             raise BadInput(f"{own}, the validation text of {config.run}, is not here: name one with --text")
         if checkpoint.get("data") not in (None, Data(str(own.parent), 1).fingerprint):
             raise BadInput(f"{own} is other text than that of {config.run}: name one with --text")
-        config.text = [str(own.parent)]  # is read, too: nothing is written over it
+        config.text = [str(own.with_name(name)) for name in FILES]  # nothing is written over them
         check_apart(config, "text", "html", "plot", "json")
         ids = read_text([str(own)], tokenizer, most=config.max_tokens or MOST)
         if config.max_tokens is None and len(ids) == MOST:

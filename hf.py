@@ -130,10 +130,14 @@ def sliding_window(given: dict) -> int | None:
 
 def read_rope(given: dict) -> dict:
     """rope_theta and rope_scaling; transformers keeps both in rope_parameters from version 5 on."""
-    both = [given[name] for name in ("rope_parameters", "rope_scaling") if given.get(name)]
-    if both[1:] and both[0] != both[1]:
+    found = [rope_of(given[name], given) for name in ("rope_parameters", "rope_scaling") if given.get(name)]
+    if found[1:] and found[0] != found[1]:
         raise ValueError("rope_parameters and rope_scaling differ: want one of them")
-    rope = both[0] if both else {}
+    return found[0] if found else rope_of({}, given)
+
+
+def rope_of(rope: dict, given: dict) -> dict:
+    """What one of the two says, in our words. Raises ValueError for what is not supported."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", given.get("rope_theta", 10000.0))
     if kind not in ("default", "linear", "llama3"):

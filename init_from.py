@@ -36,17 +36,27 @@ def take_shape(config, source: Config):
     Raises BadInput where the method cannot have this shape.
     """
     shape = {name: getattr(source, name) for name in (*SHAPE, "embed_scale")}
-    unset = Config()
-    unused = [f"{name} {getattr(config, name)}" for name in shape if getattr(config, name) != shape[name]
-              and (name in typed() or getattr(config, name) not in (getattr(unset, name), 0))]
-    if unused:
-        say(f"the shape is that of {config.init_from}; set otherwise, and not used: {', '.join(unused)}")
     try:
         config = replace(config, **shape)
         config.try_to_build()
         return config
     except ValueError as error:
         raise BadInput(f"--init_from={config.init_from}: {error}") from None
+
+
+def say_unused(asked, config) -> None:
+    """Says what of the shape was asked for, and is not that of config, which `take_shape` has changed. Of a
+    run that is resumed it says so of what was typed alone.
+    """
+    unset = Config()
+    unused = []
+    for name in (*SHAPE, "embed_scale"):
+        value = getattr(asked, name)
+        chosen = name in typed() or not config.resume and value not in (getattr(unset, name), 0)
+        if chosen and value != getattr(config, name):
+            unused.append(f"{name} {value}")
+    if unused:
+        say(f"the shape is that of {config.init_from}; set otherwise, and not used: {', '.join(unused)}")
 
 
 @torch.no_grad()

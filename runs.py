@@ -381,7 +381,7 @@ def check_resumed(config, checkpoint: dict, data: Data, optimizer: torch.optim.O
     begun = {"init_from": None} | unset | checkpoint["train"]  # that first, as it sets others
     for name, old in begun.items():
         new = getattr(config, name, None)
-        same = new == old or name == "init_from" and new and old and Path(new) == Path(old)
+        same = new == old or name == "init_from" and old and os.path.realpath(new) == os.path.realpath(old)
         if name not in FREE and not same:
             advice = "resume it as it was, or choose another --out"
             raise BadInput(f"{config.out} was trained with {name}={old}, not {new}: {advice}")

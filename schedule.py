@@ -4,7 +4,7 @@
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -48,10 +48,10 @@ class Recipe(Config):
     def model_config(self, vocab_size: int) -> Config:
         return Config(**{f.name: getattr(self, f.name) for f in fields(Config)} | {"vocab_size": vocab_size})
 
-    def try_to_build(self) -> None:
-        """Raises ValueError where there is no model of this shape. Costs nothing."""
+    def try_to_build(self, **other) -> None:
+        """Raises ValueError where there is no model of this shape, but for what is `other`. Costs nothing."""
         with torch.device("meta"):
-            build(self.model_config(self.vocab_size or 1))
+            build(replace(self.model_config(self.vocab_size or 1), **other))
 
 
 def is_adaptive(config) -> bool:

@@ -35,7 +35,7 @@ from common import (about, autocast, check_read, check_typed, configure, enough_
                     measure_roof, optional, pick_device, precision, run, save_checkpoint, write_whole)
 from costs import forward_flops, training_flops
 from fast import compile_training, compiles, fuse_norms
-from init_from import check_source, take_shape, take_weights
+from init_from import check_source, say_unused, take_shape, take_weights
 from log import send
 from model import Config
 from prepare import Data
@@ -77,11 +77,13 @@ def train(config: Train) -> dict:
     compiled = compiles(config.compile, device)
     data = Data(config.data, config.block_size, config.train_tokens)
     check_new(config, data)
+    asked = config
     source = None  # the model to start from
     if config.init_from and not config.resume:
         source, tokenizer, _ = load_checkpoint(config.init_from)
         check_source(config, tokenizer, data)
         config = take_shape(config, replace(source.config, embed_scale=source.scale))
+        say_unused(asked, config)
     share = config.global_batch_size // WORLD  # sequences of a process in one step
     micro = min(config.micro_batch_size or share, share)  # and in one forward
     step_tokens = config.global_batch_size * config.block_size
@@ -106,6 +108,7 @@ def train(config: Train) -> dict:
     controller = None if config.budget is None else BudgetController()
     if config.resume:
         checkpoint = restore(config, data, model, optimizer)
+        say_unused(asked, config)
         at = Progress(**{name: checkpoint[name] for name in asdict(at)})
         if controller:
             controller.state = at.threshold

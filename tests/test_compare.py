@@ -384,6 +384,12 @@ def test_default_budgets_fit_max_latent():
     Compare(max_latent=1, budget=1.4, methods=["all steps"])  # which has none: not refused
 
 
+def test_the_budgets_of_pareto_have_a_course(compared):
+    out = compared("--parts", "pareto", "--methods", "adaptive", "--budgets", "1", "--budget=None",
+                   "--course=0.1")
+    assert "adaptive, budget 1" in out
+
+
 def test_adaptive_at_a_fixed_depth_is_a_control(compared):
     """And is made once; with a budget or a price a τ of 0 or 1 is only where it begins."""
     fixed = ["--tau=0", "--budget=None", "--lam=0"]

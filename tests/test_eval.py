@@ -361,7 +361,7 @@ WRONG = {
     "{root}/adaptive --text {root}/one.txt": "fewer than two tokens",
     "{root}/adaptive --text {root}/one.txt --key=code": "--key=code is not read here",
     "{root}/adaptive --json={root}/adaptive/ckpt.pt": "ckpt.pt is a file of --run",
-    "{root}/adaptive --json={root}/data/train.bin": "train.bin is a file of --text",
+    "{root}/adaptive --json={root}/data/train.bin": "--text and --json are both",
     "{root}/adaptive --tasks any --stride=7": "stride is not read here, but by what reads text",
     "{root}/adaptive --text {root}/other/val.bin": "another tokenizer",
     "{root}/changed": "val.bin is other text than that of",

@@ -133,6 +133,12 @@ def test_an_imported_model_speaks(smollm, tmp_path, call):
     assert out.startswith("def ") and "5 tokens" in err
 
 
+def test_two_sayings_about_rope_may_agree():
+    new, old = {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}, {"type": "linear", "factor": 4}
+    both = hf.read_rope({"rope_parameters": new, "rope_scaling": old, "rope_theta": 5e5})
+    assert both == {"rope_theta": 5e5, "rope_scaling": [4.0]}
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 
 

@@ -332,6 +332,8 @@ def test_a_run_with_a_source_goes_on_with_it_however_it_is_written(sources, data
     continued(tmp_path / "run", tmp_path / "source", data, max_latent=1)
     words = [*flags(data, tmp_path / "run", max_steps=3, max_latent=1, budget=1.0), "--resume"]
     assert "was trained with init_from=" in call("train", *words, code=2)[1]
+    out, err = call("train", *words, "--init_from=nowhere", "--n_embd=64", code=2)
+    assert "was trained with init_from=" in err and "not used" not in out
     out, _ = call("train", *words, f"--init_from={tmp_path}/source/", "--n_embd=64")
     assert "set otherwise, and not used" in out and "n_embd 64" in out
 
