@@ -166,6 +166,9 @@ def check_read(settings, readers: dict[str, str], chosen: list[str], flag: str) 
             raise BadInput(f"{own.name} is not read here, but by {flag}{' or '.join(by)}")
 
 
+PREPARED = "train.bin", "val.bin", "meta.json", "ranks.tiktoken"  # what prepare.py writes into a folder
+
+
 def check_apart(settings, *names: str) -> None:
     """Raises BadInput where two of these fields, each a path or a list of paths, name the same file; also
     where a later one names a file in a folder of an earlier one: in `run` and `data`, one that train.py or
@@ -190,7 +193,7 @@ def _written(owner: str, name: Path) -> bool:
     """Whether a file in the folder of a field is train.py's or prepare.py's, where the folder is theirs."""
     if owner == "run":
         return name.suffix == ".pt" or str(name) in ("log.jsonl", "summary.json")
-    return owner != "data" or str(name) in ("train.bin", "val.bin", "meta.json", "ranks.tiktoken")
+    return owner != "data" or str(name) in PREPARED
 
 
 # ------------------------------------------------------------------------------------------------- settings

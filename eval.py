@@ -36,13 +36,14 @@ import figures
 from analysis import analyze, draw, further_steps, print_numbers
 from common import (BadInput, about, autocast, check_apart, check_output, check_predictions, check_read,
                     configure, enough_memory, load_checkpoint, pick_device, precision, run, turn, write_whole)
+from configurator import PREPARED
 from costs import forward_flops
 from documents import check_settings, encode, find_files, read_pieces
 from fast import lay_out
 from log import Cache, pad
 from model import LLaMA
 from page import dials, explain, html_page
-from prepare import FILES, Data
+from prepare import Data
 from tokenizer import describe, dtype_of, same_tokens
 
 TAUS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)  # what --sweep tries; 0 always thinks to the end
@@ -138,9 +139,8 @@ def read_bin(path: Path, tokenizer) -> np.ndarray:
     if path.stem not in ("train", "val") or not path.is_file():
         raise BadInput(f"{path} is not a train.bin or val.bin of prepare.py, or does not exist")
     data = Data(str(path.parent), block_size=1)
-    theirs = data.tokenizer
-    if not same_tokens(describe(theirs), describe(tokenizer)):
-        raise BadInput(f"{path} is of another tokenizer, {theirs.name}, than the model: {tokenizer.name}")
+    if not same_tokens(describe(data.tokenizer), describe(tokenizer)):
+        raise BadInput(f"{path} has another tokenizer, {data.tokenizer.name}, than the run: {tokenizer.name}")
     return data.tokens[path.stem]
 
 
@@ -332,7 +332,7 @@ def evaluate(config: Eval) -> None:
             raise BadInput(f"{own}, the validation text of {config.run}, is not here: name one with --text")
         if checkpoint.get("data") not in (None, Data(str(own.parent), 1).fingerprint):
             raise BadInput(f"{own} is other text than that of {config.run}: name one with --text")
-        config.text = [str(own.with_name(name)) for name in FILES]  # nothing is written over them
+        config.text = [str(own.with_name(name)) for name in PREPARED]  # nothing is written over them
         check_apart(config, "text", "html", "plot", "json")
         ids = read_text([str(own)], tokenizer, most=config.max_tokens or MOST)
         if config.max_tokens is None and len(ids) == MOST:

@@ -57,9 +57,6 @@ class Prepare:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-FILES = "train.bin", "val.bin", "meta.json", "ranks.tiktoken"  # of a folder
-
-
 class Document:
     """A document on its way into train.bin or val.bin."""
 
