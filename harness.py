@@ -1,4 +1,4 @@
-"""The adapter for lm-evaluation-harness: its tasks, metrics and tables, on what eval.py's `score` says.
+"""The adapter for lm-evaluation-harness: its tasks, metrics and tables, on what score.py says.
 
 What is notable here:
 * Texts are encoded, cut and stopped as by the harness's own Hugging Face model: equal weights, equal results.
@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from common import BadInput, optional, reason
-from eval import Eval, Tally, score, windows
 from model import LLaMA
 from page import bytes_of
+from score import Tally, score, windows
 
 optional("lm_eval", "--tasks")
 try:
@@ -49,8 +49,8 @@ class Harness(LM):
         self.tallies = defaultdict(Tally)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens of both, never empty. As the harness has it, the continuation's are those that the whole
-        has beyond as many as the context. Where a token spans the join, that may be none: encoded by itself.
+        """The tokens of both, never empty. As in the harness, the continuation's are those of the joined text
+        after as many as the context has. Where a token spans the join, that may be none: encoded by itself.
         """
         encode = self.tokenizer.encode_ordinary
         before = encode(context.rstrip())  # spaces at the join belong to the continuation
@@ -143,8 +143,8 @@ def find_tasks(names: list[str], include_path: str) -> TaskManager:
                    "--include_path names a folder of more")
 
 
-def accuracy(model: LLaMA, tokenizer, config: Eval) -> tuple[dict, str]:
-    """The tasks, once for each num_fewshot → the harness's results, and its tables to be printed."""
+def accuracy(model: LLaMA, tokenizer, config) -> tuple[dict, str]:
+    """The tasks of config, an Eval, once for each num_fewshot → the harness's results, and its tables."""
     names = [task for name in config.tasks for task in (PAPER if name == "paper" else [name])]
     manager, found, shown = find_tasks(names, config.include_path), {}, ""
     for name in ("lm_eval", "huggingface_hub"):

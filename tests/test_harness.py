@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-import eval as evaluation
+import score as engine
 from common import BadInput, save_checkpoint
 from costs import forward_flops
 from tokenizer import get_tokenizer, make_tokenizer
-from test_eval import BYTES, END, SAYING, make, plain
+from test_eval import BYTES, END, SAYING
+from test_score import make, plain
 
 pytest.importorskip("lm_eval")
 from harness import Harness, find_tasks
@@ -51,7 +52,7 @@ def loglikelihood(model, context, continuation):
 @pytest.mark.parametrize("share_from", [1, 10**9])
 def test_loglikelihoods_equal_plain_forwards(method, share_from, monkeypatch):
     """… at any batch size, which also changes no tally."""
-    monkeypatch.setattr(evaluation, "SHARED", share_from)
+    monkeypatch.setattr(engine, "SHARED", share_from)
     model = make(method)
     expected = [loglikelihood(model, *question) for question in QUESTIONS]
     tallies = []
@@ -244,7 +245,7 @@ SPANNING = make_tokenizer("spanning", r"[\s\S]+", JOINED._mergeable_ranks)
 
 @pytest.mark.parametrize("tokenizer", [BYTES, SPANNING], ids=["bytes", "spanning"])
 def test_it_equals_hugging_faces_on_the_same_vanilla_weights(tokenizer, monkeypatch):
-    monkeypatch.setattr(evaluation, "SHARED", 1)
+    monkeypatch.setattr(engine, "SHARED", 1)
     model = make("vanilla", vocab_size=tokenizer.n_vocab)
     ours, theirs = Harness(model, tokenizer, batch_size=4), hugging_face(model, tokenizer)
     taken = [question for question in QUESTIONS if len(question[1]) <= 32 and question[0] != " "]  # by theirs
