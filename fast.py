@@ -1,20 +1,23 @@
-"""Fast paths for training and for decoding. Delete them, and nothing changes but speed and rounding.
+"""Fast paths for training and for decoding. Without a call to them only speed and rounding change.
 
-The model knows nothing of them: they are put on it from outside, on one model at a time. torch is imported
-inside the functions, so that --help answers at once.
+The model knows nothing of them: they are put on it from outside, on one model at a time.
 """
 
 import warnings
+import weakref
 from functools import partial
 
+import torch
+
 from common import BadInput, precision, reason
+from costs import COMPILED_CHUNK
+from log import additive_mask, broken_compiler
 
 PACKED = 2**16  # elements from which on a matrix is packed for decoding on a CPU
 
 
 def compiles(wanted: bool | None, device) -> bool:
     """What a --compile flag means on a device; None: on CUDA only. Raises BadInput where nothing compiles."""
-    from log import broken_compiler
     wanted = device.type == "cuda" if wanted is None else wanted
     if wanted:
         warnings.filterwarnings("ignore", "TensorFloat32")  # TF32 stays off: the router needs exact float32
@@ -31,9 +34,7 @@ def compile_training(model) -> None:
     after its attention: such passes are of more kinds, and must write into a log's buffers where they lie.
     The compiler's settings are those of the process.
     """
-    import torch
     import torch.fx.experimental._config as shapes
-    from costs import COMPILED_CHUNK
     if "nats_of" in vars(model):
         return  # that has been done
     shapes.use_duck_shape = False  # that two sizes are equal now means nothing
@@ -52,7 +53,6 @@ def compile_training(model) -> None:
 
 def whole_or_parts(whole, parts, *inputs):
     """A block's forward: compiled whole where gradients are wanted, else part by part."""
-    import torch
     return whole(*inputs) if torch.is_grad_enabled() else parts(*inputs)
 
 
@@ -60,7 +60,6 @@ def fuse_norms(model) -> None:
     """Gives RMSNorm, of which a CPU has no fused kernel, a backward of its own: fewer walks through
     memory.
     """
-    import torch
 
     class Norm(torch.autograd.Function):
         """y = n · w with n = x / rms, x (…, d): dx = (g w − n · mean(g w n)) / rms, and dw = Σ g n."""
@@ -99,7 +98,6 @@ def lay_out(model, dtype=None) -> None:
     multiplied with; not those of a model of a billion weights, as there may be no room. What is bfloat16
     there goes to oneDNN, which wants it as it stands.
     """
-    import torch
     if model.head.weight is model.embed.weight:  # the embedding is read row by row, and stays as it is
         model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
     for parameter in (*model.blocks.parameters(), model.head.weight):
@@ -119,7 +117,6 @@ def pack(linear) -> None:
     """Lets a Linear of float32 on a CPU multiply several rows at once by oneDNN, with weights that it packs
     once: in half to nine tenths of MKL's time. Left as it is where this PyTorch cannot.
     """
-    import torch
     weight = linear.weight.detach()
     fit = weight.device.type == "cpu" and weight.dtype == torch.float32
     if not (fit and torch.backends.mkldnn.is_available()):
@@ -160,7 +157,6 @@ class Ticks:
     """
 
     def __init__(self, model, **options) -> None:
-        import torch
         self.model = model
         self.plain = model.one_pass
         torch._dynamo.config.recompile_limit = 64  # one row or several, all layers or some
@@ -170,7 +166,6 @@ class Ticks:
         self.tapes: list[Tape] = []
 
     def __call__(self, x, states, log, layers=None):
-        import torch
         layers = range(len(self.model.blocks)) if layers is None else layers
         if states.A > 1 or states.seat is not None or log.size == 0 or torch.is_grad_enabled():
             return self.plain(x, states, log, layers)
@@ -180,10 +175,8 @@ class Ticks:
         if not x.is_cuda:  # where sizes may change: only the seats that are taken
             held = {name: entries.held[:, : log.size] for name, entries in log.entries.items()}
             return self.run(x, states, held, seat, layers)
-        for tape in self.tapes:
-            if tape.fits(x, log, layers):
-                break
-        else:
+        tape = next((tape for tape in self.tapes if tape.fits(x, log, layers)), None)
+        if tape is None:
             idle = [tape for tape in self.tapes if tape.idle()]
             self.tapes = [tape for tape in self.tapes if tape not in idle[:-3]]
             tape = Tape(self.run, x, states, log, seat, layers)
@@ -191,7 +184,6 @@ class Ticks:
         return tape.play(x, states, log, seat)
 
     def blocks(self, x, states, held: dict, seat, layers: tuple):
-        from log import additive_mask
         order, column = held["order"][:, :, 0, 0], held["column"][:, :, 0, 0]  # (B, S)
         mask = additive_mask(order.index_select(1, seat), column.index_select(1, seat), order, column)
         rope = self.model.rope[:, states.pos, None]
@@ -205,7 +197,6 @@ class Tape:
     """A CUDA graph of one tick, with the buffers that it reads and writes."""
 
     def __init__(self, run, x, states, log, seat, layers: tuple) -> None:
-        import torch
         self.layers = layers
         self.owner = None  # a weak reference to the log that lies in the buffers
         self.held = {name: entries.held.clone() for name, entries in log.entries.items()}
@@ -237,7 +228,6 @@ class Tape:
         return same and mine and layers == self.layers and x.dtype == self.x.dtype
 
     def play(self, x, states, log, seat):
-        import weakref
         if log.entries["order"].held is not self.held["order"]:
             for name, entries in log.entries.items():
                 self.held[name].copy_(entries.held)
