@@ -1,4 +1,4 @@
-"""The documents in text files, .jsonl and .parquet, plain or packed: read_documents(path), read_pieces(path).
+"""The documents in text files, .jsonl and .parquet, plain or packed: read_pieces(path).
 
 What is notable here:
 * A file is read in blocks and a document passed on in pieces: memory does not grow with the size of either.
@@ -88,16 +88,6 @@ def standard_library() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
     return sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
-
-
-def read_documents(path: Path, key: str = "text", separator: str = "") -> Iterator[str | None]:
-    """The documents of one file, in order; None for one that is no UTF-8 text. Raises BadInput."""
-    parts = []
-    for piece in read_pieces(path, key, separator):
-        parts.append(piece.text)
-        if piece.ends:
-            yield None if None in parts else "".join(parts)
-            parts = []
 
 
 def read_pieces(path: Path, key: str = "text", separator: str = "") -> Iterator[Piece]:

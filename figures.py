@@ -61,7 +61,7 @@ def curves(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
     """
     trained = [row for row in rows if "flops" in row]
     lines = {"loss by tokens": [], "loss by FLOPs": [], "val_steps": []}
-    for name in ("latent_steps", "tau", "lam", "lr"):  # λ is in the logs of runs that steered it
+    for name in ("latent_steps", "tau", "lr"):
         lines[name] = [(row["tokens"], row[name]) for row in trained if name in row]
     for row in rows:
         if "val_loss" in row:
@@ -90,7 +90,7 @@ def draw_curves(runs: list[str]):
         return tuple(zip(*points)) or ((), ())
 
     panels = {"loss by tokens": "validation loss, nats per token", "loss by FLOPs": "validation loss",
-              "latent_steps": "latent steps per token", "tau": "τ (dotted: λ)", "lr": "learning rate"}
+              "latent_steps": "latent steps per token", "tau": "τ", "lr": "learning rate"}
     for i, name in enumerate(runs):
         lines = read_curves(name)
         for axis, panel in zip(axes, panels):
@@ -98,7 +98,6 @@ def draw_curves(runs: list[str]):
             label = name.replace("$", r"\$")  # or matplotlib would read a formula
             axis.plot(*xy(lines[panel]), style, color=f"C{i}", linewidth=1.2, label=label)
         axes[2].plot(*xy(lines["val_steps"]), "o", color=f"C{i}", markersize=4)
-        axes[3].plot(*xy(lines["lam"]), ":", color=f"C{i}")
     for axis, (name, label) in zip(axes, panels.items()):
         axis.set(xlabel="training FLOPs (counted)" if "FLOPs" in name else "training tokens", ylabel=label)
         axis.grid(alpha=0.3)

@@ -13,7 +13,7 @@ import pytest
 
 import documents
 from common import BadInput
-from documents import Hashes, check_settings, cut, encode, find_files, read_documents, read_pieces
+from documents import Hashes, check_settings, cut, encode, find_files, read_pieces
 from tokenizer import GPT2_PATTERN, get_tokenizer, make_tokenizer
 
 DOCUMENTS = [f"document {i}: naïve 思考 {'x' * (i % 7)}\n" for i in range(80)]
@@ -36,9 +36,20 @@ def zst(*frames):
     return b"".join(zstandard.ZstdCompressor().compress(frame) for frame in frames)
 
 
+def documents_of(path, **how):
+    """The documents of a file, put together from their pieces; None for one that is no text."""
+    found, parts = [], []
+    for piece in read_pieces(path, **how):
+        parts.append(piece.text)
+        if piece.ends:
+            found.append(None if None in parts else "".join(parts))
+            parts = []
+    return found
+
+
 def read(path, content, **how):
     path.write_bytes(content)
-    return [*read_documents(path, **how)]
+    return documents_of(path, **how)
 
 
 def test_all_formats_hold_the_same_documents(tmp_path):
@@ -74,16 +85,16 @@ def test_parquet(tmp_path):
                "number": list(range(len(DOCUMENTS) + 1))}
     parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     for key, last in (("text", ""), ("raw", None)):  # nothing; no UTF-8
-        assert [*read_documents(tmp_path / "a.parquet", key)] == [*DOCUMENTS, last]
+        assert documents_of(tmp_path / "a.parquet", key=key) == [*DOCUMENTS, last]
     pieces = [*read_pieces(tmp_path / "a.parquet")]
     assert pieces[-1].read == (tmp_path / "a.parquet").stat().st_size
     wrong = {"body": "'body' among text, raw, number; --key", "number": "'number' holds no text; --key"}
     for key, words in wrong.items():
         with pytest.raises(BadInput, match=words):
-            [*read_documents(tmp_path / "a.parquet", key)]
+            documents_of(tmp_path / "a.parquet", key=key)
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     with pytest.raises(BadInput, match=r"a.parquet cannot be read: \w"):
-        [*read_documents(tmp_path / "a.parquet")]
+        documents_of(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("name", ["zstandard", "pyarrow"])
