@@ -121,9 +121,8 @@ def refuse_unsupported(given: dict) -> None:
 
 def sliding_window(given: dict) -> int | None:
     """How many tokens attention sees at most; None: all."""
-    if given["model_type"] == "mistral":
-        return given.get("sliding_window", 4096)
-    if given["model_type"].startswith("qwen") and given.get("use_sliding_window"):
+    kind = given["model_type"]
+    if kind == "mistral" or kind.startswith("qwen") and given.get("use_sliding_window"):
         return given.get("sliding_window", 4096)
     return None
 

@@ -19,7 +19,7 @@ from tokenizer import describe, same_tokens
 
 SHAPE = (  # settings that belong to trained weights: --init_from takes them over
     "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_ff", "tie_embeddings",
-    "qkv_bias", "qk_norm", "rope_theta", "rope_scaling", "norm_eps")
+    "qkv_bias", "qk_norm", "rope_theta", "rope_scaling", "norm_eps", "embed_scale")
 
 
 def check_source(config, tokenizer, data: Data) -> None:
@@ -35,7 +35,7 @@ def take_shape(config, source: Config):
 
     Raises BadInput where the method cannot have this shape.
     """
-    shape = {name: getattr(source, name) for name in (*SHAPE, "embed_scale")}
+    shape = {name: getattr(source, name) for name in SHAPE}
     try:
         config = replace(config, **shape)
         config.try_to_build()
@@ -50,7 +50,7 @@ def say_unused(asked, config) -> None:
     """
     unset = Config()
     unused = []
-    for name in (*SHAPE, "embed_scale"):
+    for name in SHAPE:
         value = getattr(asked, name)
         chosen = name in typed() or not config.resume and value not in (getattr(unset, name), 0)
         if chosen and value != getattr(config, name):

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.utils.rnn import pad_sequence
 
 FAR = 2**30  # the order of an empty seat: later than every real state, so that none sees it
 BLOCK = 128  # FlexAttention computes or skips so many queries × so many keys at once
@@ -93,7 +94,7 @@ class States:
 
 
 class Take(torch.autograd.Function):
-    """Rows of a matrix, each at most once: its backward writes where that of indexing would add."""
+    """Selects rows of a matrix, each at most once, so that its backward writes where indexing would add."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, index: Tensor) -> Tensor:
@@ -117,10 +118,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 def pad(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Lists of tokens of any lengths → idx (B, T), padded on the right, and which of it is text (B, T)."""
-    lengths = torch.tensor([len(text) for text in texts])
-    live = torch.arange(int(lengths.max())) < lengths[:, None]
-    idx = torch.zeros(live.shape, dtype=torch.long)
-    idx[live] = torch.tensor([token for text in texts for token in text], dtype=torch.long)
+    idx = pad_sequence([torch.tensor(text, dtype=torch.long) for text in texts], batch_first=True)
+    live = torch.arange(idx.size(1)) < torch.tensor([len(text) for text in texts])[:, None]
     return send(idx, device), send(live, device)
 
 
@@ -182,7 +181,7 @@ class Log:
         return self.entries["order"].held.size(1)
 
     def make_room(self, more: int) -> None:
-        """Squeezes out empty seats; makes room for `more` states, half of those there, or 64: the most.
+        """Squeezes out empty seats; makes room for the largest of: `more` states, half of those there, 64.
 
         Capacities are rounded up, by at most 64 or an eighth, so that they are few: each has its CUDA graph.
         """
@@ -310,7 +309,7 @@ def block_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Ten
 
 @cache
 def broken_compiler(device: torch.device) -> Exception | None:
-    """What torch.compile raises there, tried once."""
+    """What torch.compile raises on this device, tried once; None where it works."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
     except Exception as error:

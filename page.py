@@ -223,15 +223,12 @@ def wants_colour(stream) -> bool:
 
 def painted(text: str, steps: int, dim: bool = False) -> str:
     """A text on the background of its latent steps; a line's end, which has none, shows a coloured blank."""
-    colour = PAINT[min(steps, len(PAINT) - 1)]
-    codes = []
+    code = "2" if dim else ""
     if steps:
-        codes = [f"38;5;{240 if dim else 16};48;5;{colour}"]
+        code = f"38;5;{240 if dim else 16};48;5;{PAINT[min(steps, len(PAINT) - 1)]}"
         text = text.replace("\n", " \n")
-    elif dim:
-        codes = ["2"]
-    lines = [f"\x1b[{codes[0]}m{line}\x1b[0m" if codes and line else line for line in text.split("\n")]
-    return "\n".join(lines)
+    lines = text.split("\n")
+    return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if code and line else line for line in lines)
 
 
 def legend(most: int) -> str:
