@@ -13,14 +13,14 @@ from baselines import build
 from model import AdaptiveLatentCoT, Config, LLaMA
 
 OF_ADAPTIVE = "explore", "exit_loss", "weigh_values"  # settings that nothing else reads, off by default
-STEERING = {"budget", "course", "lam", "beta", "tau", "router_bias"}  # likewise, but on by default
+STEERING = {"budget", "course", "lam", "beta", "tau", "router_bias"}  # likewise; configs set some of them
 ROUTED = "--method=adaptive with a max_latent of 1 or more"  # what reads both
 DIVERGED = 3  # exit code of a training whose numbers are no longer finite
 
 
 @dataclass
 class Recipe(Config):
-    """A training of a model: what train.py does once, and compare.py with every method."""
+    """The settings of a training run: train.py makes one, compare.py several of every method."""
 
     vocab_size: int = 0  # rows of the embedding and of the head; 0: the vocabulary of the data
     data: str = "data/python"  # folder that prepare.py wrote
@@ -38,7 +38,7 @@ class Recipe(Config):
     grad_clip: float = 1.0  # largest norm of the gradient; 0: off
     budget: float | None = None  # mean latent steps per token, met by moving τ; None: τ stays
     explore: float = 0.0  # logistic noise on the logits of reach, at the start; falls to 0 over 80 % of steps
-    course: float = 0.5  # share of the steps in which the aim comes to the budget; 0: none
+    course: float = 0.5  # share of the steps in which the aim comes to the budget; 0: it starts there
     eval_windows: int = 128  # windows of validation text, the same for every method and seed
     device: str = ""  # cpu, cuda, cuda:N or mps; empty: cuda where there is one
     dtype: str = ""  # of matrix products, bfloat16 or float32; empty: what the device does well
@@ -60,7 +60,7 @@ def is_adaptive(config) -> bool:
 
 
 def unread(config) -> dict[str, str]:
-    """The settings that are there for other trainings than this one → what reads them."""
+    """The settings that have no effect in this run → what they belong to."""
     if not is_adaptive(config):
         return dict.fromkeys((*OF_ADAPTIVE, *STEERING), ROUTED)
     return {"course": "--budget"} if config.budget is None else {}
@@ -76,10 +76,10 @@ def learning_rate(config, step: int) -> float:
 
 
 def router_rate(config, step: int, start: float = 0.0) -> float:
-    """Steady: Adam moves a logit over d features by d times the learning rate.
+    """Steady: in a step Adam moves w · h by at most about d times the rate, so by 40 in all.
 
     A new router in a model that starts trained waits until the aim has come to the budget: thoughts that no
-    training has reached yet only harm, and a router that learns this weighs them by nothing for good.
+    training has reached yet only harm, and a router that learns this gives them no weight for good.
     """
     if config.init_from and config.budget and not start and step < config.course * config.max_steps:
         return 0.0
@@ -140,7 +140,7 @@ class BudgetController:
     nothing is ever pruned for good: what the router learns is the order of the tokens alone.
     """
 
-    rate = 0.4  # of the level; that of the trend damps critically
+    rate = 0.4  # the trend takes rate² / 4 of an error, the level that and rate: it does not oscillate
     span = 12.0  # logits of reach beyond it are counted with it
     bins = 2400
 
