@@ -1,4 +1,4 @@
-"""The rivals, each as what it changes of LLaMA and nothing else, and `build`, which knows all methods.
+"""The baselines, each as what it changes of LLaMA and nothing else, and `build`, which knows all methods.
 
 `max_latent` is their K, and `steps` is K for all but MoR. What a source leaves open, the docstring settles.
 """
@@ -22,10 +22,10 @@ def constant(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     return reach.sum(1), reach
 
 
-def interleave(states: States, n: int, of: int) -> States:
-    """Each token n times in a row, (t, 0) … (t, n - 1), of the `of` that it will have in the causal order."""
+def interleave(states: States, n: int, columns: int) -> States:
+    """Each token n times in a row, (t, 0) … (t, n - 1); its causal order has room for `columns`."""
     step = torch.arange(n, device=states.pos.device)
-    order = (states.pos[:, None] * of + step).flatten()
+    order = (states.pos[:, None] * columns + step).flatten()
     seat = None if states.seat is None else (states.seat[:, None] * n + step).flatten()
     pos, column, row = (t.repeat_interleave(n) for t in (states.pos, states.column, states.row))
     return States(pos, order, column, row, seat, states.B, states.A * n)

@@ -298,7 +298,7 @@ def bench_speed(bench: Bench) -> tuple[str, dict]:
                      f"{r['time_ratio']:.2f}", f"{r['flop_ratio']:.2f}", f"{over:.2f}", f"{r['mfu']:.0%}",
                      f"{speed['prefill']:,.0f}", f"{speed['decode 1']:,.0f}", f"{r['bandwidth']:.0%}",
                      f"{speed['decode 16']:,.0f}", f"{r['memory'] / 2**20:,.0f}"])
-    print(table(["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU",
+    print(table(["method", "training tok/s", "spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU",
                  "prefill tok/s", "decode tok/s, batch 1", "of bandwidth", "batch 16",
                  "peak MiB" if device.type == "cuda" else "kept MiB"], rows))
     print(f"\n{about()['machine']}, torch {torch.__version__}; {bench.batch} × {bench.block_size} tokens, "

@@ -19,8 +19,8 @@ EACH = 2**20  # of each document
 
 
 def train_bpe(files: list[Path], config, pattern: str) -> dict[bytes, int]:
-    """The ranks that --tokenizer=bpe:N of config, a Prepare, wants: N tokens with <|endoftext|>, none beyond
-    a word of `pattern`. Raises BadInput.
+    """The ranks that --tokenizer=bpe:N of config, a Prepare, wants: N tokens, <|endoftext|> among them, none
+    across the end of a word of `pattern`. Raises BadInput.
     """
     size = config.tokenizer.removeprefix("bpe:")
     if not size.isdecimal() or not 258 <= int(size) <= 2**16:
@@ -51,7 +51,8 @@ def training_text(files: list[Path], config) -> Iterator[str]:
     Where so few documents are there that prepare.py cuts its validation text off the end of all text, what is
     learnt from ends well before that.
     """
-    total, sides = 0, set()
+    total = 0  # characters
+    sides = set()  # whether some are held out, and some not
     for _, size, held_out in beginnings(files, config):
         total += size
         sides.add(held_out)

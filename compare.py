@@ -1,6 +1,6 @@
 """What a thought buys: every method trained on the same batches from the same seeds, side by side.
 
-    python compare.py config/micro.py --seeds=3 --jobs=2 --plot      hours: all tables, and the figure
+    python compare.py config/micro.py --seeds=3 --jobs=2 --plot      hours: equal tokens and FLOPs, a figure
     python compare.py --max_steps=3000 --parts rates tokens --methods vanilla adaptive "no thoughts"
     python compare.py plot out/tiny out/vanilla                      curves of any runs; see plot --help
 
@@ -57,7 +57,7 @@ class Compare(Recipe):
     rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # each method gets its best
     rate_steps: int = 0  # optimizer steps of the runs that find it; 0: max_steps
     budgets: list[float] = field(default_factory=list)  # Pareto; none: 0.5, 1, 1.5, 2 up to max_latent
-    ks: list[int] = field(default_factory=list)  # Pareto: latent steps of the rivals; none: 1 to max_latent
+    ks: list[int] = field(default_factory=list)  # Pareto: latent steps of the baselines; none: 1 to max_latent
     depths: list[int] = field(default_factory=lambda: [2, 3, 4])  # Pareto: vanilla's layers, times n_layer
     lengths: list[int] = field(default_factory=list)  # steps of the last table; none: half, and max_steps
     jobs: int = 1  # runs at once, which share the cores
@@ -276,7 +276,7 @@ def main() -> None:
         title = f"At equal training FLOPs, those of {most}; the number of steps is what they buy:"
         runs.show(title, [replace(kinds[who], max_steps=steps[who]) for who in steps], settings.seeds)
 
-    if "pareto" in settings.parts:  # budgets of adaptive, K of its rivals, depths of vanilla
+    if "pareto" in settings.parts:  # budgets of adaptive, K of the baselines, depths of vanilla
         wanted = [kind for who, kind in kinds.items() if who not in (NO_THOUGHTS, "mor")]
         for kind in list(wanted):
             if kind.who == "adaptive":

@@ -48,7 +48,7 @@ _FIELDS = {  # range → fields of any script that must lie in it, each item of 
     "not empty": "input text out data run runs results tokenizer key file",
 }
 RANGES = {name: text for text, names in _FIELDS.items() for name in names.split()}
-NANOGPT = {  # nanoGPT's name → ours; empty: nothing here does that
+NANOGPT = {  # nanoGPT's name → the closest of ours; empty: nothing here does that
     "batch_size": "micro_batch_size", "gradient_accumulation_steps": "global_batch_size",
     "lr": "learning_rate", "max_iters": "max_steps", "lr_decay_iters": "max_steps", "out_dir": "out",
     "eval_iters": "eval_windows", "eval_interval": "eval_every", "log_interval": "log_every",
@@ -306,9 +306,9 @@ def _check_known(key: str, kinds: dict, where: str, free: list[str] | None = Non
     close = difflib.get_close_matches(key, kinds, 1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     if NANOGPT.get(key) in kinds:
-        hint = f"what nanoGPT calls so is {NANOGPT[key]!r} here; "
+        hint = f"closest to it is {NANOGPT[key]!r} here, maybe in another unit; "
     elif NANOGPT.get(key) == "":
-        hint = "nothing here does what it does in nanoGPT; "
+        hint = "nothing here corresponds to nanoGPT's; "
     if free and not key.isidentifier():
         hint = f"a {free[-1]} that begins with -- is given as --{free[-1]}=…; "
     raise BadInput(f"{where}: there is no setting {key!r}; {hint}--help lists all")

@@ -47,7 +47,7 @@ def training_flops(products: float, attention: float) -> float:
 
 
 def going_on(mean: float, most: int) -> float:
-    """q with q + q² + … + q^most = mean: each step is gone on from with this probability."""
+    """q with q + q² + … + q^most = mean: the probability of going on after each step."""
     low, high = 0.0, 1.0
     for _ in range(60):
         q = (low + high) / 2

@@ -54,9 +54,9 @@ class Config:
     tau: float = 0.1  # τ: a step is executed while its reach is at least this; a budget moves it in training
     lam: float = 0.0  # λ: weight of the adaptive loss
     beta: float = 1.0  # β: exponent of the correctness weight q^β
-    router_bias: float = 2.0  # b at the start: reach 0.88, 0.78, 0.68, so that steps are learnt before pruned
+    router_bias: float = 2.0  # b at the start: reach 0.88, 0.78, 0.68: steps are learnt first, then pruned
     exit_loss: float = 0.0  # ε: weight of the cross-entropy of every h[t,k] that is executed in training
-    weigh_values: bool = False  # others read the values of (t, k) times r[t,k]: their loss trains the router
+    weigh_values: bool = False  # attention reads values times r[t,k]: later losses train the router
 
     def __post_init__(self) -> None:
         for each in fields(Config):
@@ -121,7 +121,7 @@ class Block(nn.Module):
         self.w2 = nn.Linear(config.n_ff, d, bias=False)  # down
 
     def forward(self, x: Tensor, rope: Tensor, states: States, keys: Entries, values: Entries, seats, mask):
-        """x (N, d) → (N, d); appends to the layer's keys and values on seats: a slice, or one, as (1,)."""
+        """x (N, d) → (N, d); keys and values go to seats: a slice, or in a compiled tick an index (1,)."""
         q, k, v = self.before(x, rope)
         if self.weighs and states.reach is not None:
             v = v * states.reach[:, None, None].to(v.dtype)
@@ -279,7 +279,7 @@ class LLaMA(nn.Module):
         prompts = prompts.tolist() if isinstance(prompts, Tensor) else prompts
         texts = [list(prompt)[-context:] for prompt in prompts]  # what the context of each row holds
         if not texts or not all(texts):
-            raise ValueError("a prompt holds no token, but at least one is wanted to go on from")
+            raise ValueError("want a prompt, and in each at least one token to go on from")
         if not (temperature >= 0 and (top_k or 0) >= 0 and (top_p is None or 0 < top_p <= 1)):
             raise ValueError(f"{temperature=}, {top_k=}, {top_p=}: want >= 0, >= 0 and in (0, 1]")
         first = int(torch.randint(2**31, ())) if seed is None else seed
@@ -344,8 +344,8 @@ class AdaptiveLatentCoT(LLaMA):
         with torch.autocast(h.device.type, enabled=False):
             gate = torch.sigmoid(self.router(h.float())).squeeze(1)  # g[t,k]
         tau = self.tau[states.pos, states.column] if isinstance(self.tau, Tensor) else self.tau
-        live = (reach * gate >= tau) & (states.column < self.max_latent)
-        return reach * gate, live
+        wanted = reach * gate  # r[t,k+1]
+        return wanted, (wanted >= tau) & (states.column < self.max_latent)
 
     def think(self, x: Tensor, states: States, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
         z = x  # z[t,k] (n, d) of the tokens that are live

@@ -353,7 +353,8 @@ def check_new(config, data: Data) -> None:
     """Raises BadInput where config (a Train) and data make no run, or would meet another. Writes nothing."""
     vocabulary = data.tokenizer.n_vocab
     if config.vocab_size and config.vocab_size < vocabulary:
-        raise BadInput(f"vocab_size is {config.vocab_size}, but {config.data} has {vocabulary} tokens")
+        raise BadInput(f"vocab_size is {config.vocab_size}, but the tokenizer of {config.data} has "
+                       f"{vocabulary} tokens")
     data.windows(config.eval_windows, slice(0, 1))  # refuses more than there are
     share = config.global_batch_size // WORLD
     if config.global_batch_size % WORLD:

@@ -69,6 +69,7 @@ def read_prompt(config: Sample) -> str:
         if config.prompt_file:
             raise BadInput("give a prompt or --prompt_file, not both")
         return config.prompt
+    where = config.prompt_file or "standard input"
     try:
         if config.prompt_file:
             content = Path(config.prompt_file).read_bytes()
@@ -76,9 +77,8 @@ def read_prompt(config: Sample) -> str:
             content = b"" if sys.stdin.isatty() else read_standard_input()
         return content.decode("utf-8-sig")  # with its ends of lines as they are
     except OSError as error:
-        raise BadInput(f"--prompt_file {config.prompt_file} cannot be read: {reason(error)}") from None
+        raise BadInput(f"{where} cannot be read: {reason(error)}") from None
     except UnicodeDecodeError:
-        where = config.prompt_file or "standard input"
         raise BadInput(f"{where} is not UTF-8 text, as prompts are") from None
 
 

@@ -11,8 +11,8 @@ A document is a permutation, as a table of pairs in random order, and questions 
 What is notable here:
 * The permutation is one cycle, so that within 4 hops of 8 symbols no answer is the question's own symbol, and
   none is nearer by going backwards. No question is asked twice.
-* Only the last symbol of a question can be known. The rest is noise of known entropy: a router
-  that spends steps there mistakes what nobody can predict for what is hard.
+* Of a question only the last symbol can be known; its number and its first symbol are noise, as is most of
+  the table: a router that spends steps there mistakes what nobody can predict for what is hard.
 """
 
 from common import answer_help

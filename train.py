@@ -70,7 +70,9 @@ class Train(Recipe):
 
 
 def train(config: Train) -> dict:
-    """Trains, and returns the summary; empty where the run was stopped. Raises BadInput before it writes."""
+    """Trains, and returns the summary; empty where the run was stopped. Raises BadInput: before it writes,
+    but where it cannot write or its numbers are no longer finite.
+    """
     # Whatever can be wrong with the settings and the data.
     device = pick_device(config.device, LOCAL_RANK)
     precision(device, config.dtype)  # its checks

@@ -1,4 +1,4 @@
-"""The rivals, where they differ from what the other files hold of all methods."""
+"""The baselines, where they differ from what the other files hold of all methods."""
 
 import pytest
 import torch
