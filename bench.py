@@ -26,19 +26,17 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-import torch.nn as nn
-from torch import Tensor
 from tqdm import tqdm
 
 from baselines import METHODS
 from common import (BadInput, about, autocast, check_items, check_output, check_read, check_typed,
                     configure, enough_memory, load_checkpoint, measure_roof, pick_device, precision, run,
                     table, timed, write_whole)
-from costs import (bytes_read, costs, counted, fitting, forward_flops, going_on, made_up_steps, make, memory,
-                   training_flops)
+from costs import (bytes_read, costs, counted, fitting, forward_flops, going_on, kept_bytes, made_up_steps,
+                   make, memory, training_flops)
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
 from log import Cache
-from model import AdaptiveLatentCoT, Config, LLaMA
+from model import AdaptiveLatentCoT, Config
 from schedule import STEERING
 
 
@@ -81,8 +79,8 @@ class Bench(Config):
 # ------------------------------------------------------------------------------------------------------ FLOPs
 
 
-def bench_flops(bench: Bench) -> tuple[str, dict]:
-    """Prints the table → the name of the results file, and what it is to hold."""
+def bench_flops(bench: Bench) -> tuple[str, dict, str]:
+    """The name of the results file, what it is to hold, and the table that shows it."""
     if bench.checkpoint:
         plain = configure(Bench, ["flops"], positional=("what",), default=TINY, also="train.py")
         for name in (*(f.name for f in fields(Config)), "mean_latent"):
@@ -114,31 +112,16 @@ def bench_flops(bench: Bench) -> tuple[str, dict]:
         equal = {True: "yes", False: "NO", None: "by formula"}[r.get("counted_equals_formula")]
         rows.append([name, f"{r['parameters']:,}", f"{r['passes']:.2f}", f"{r['training']:.4g}", ratio, equal]
                     + [f"{r[key]:.4g}" for key in ("estimate", "prefill", "decode")])
-    print(table(["method", "parameters", "passes", "training / token", "× vanilla", "counted = formula",
-                 "6 N passes", "prefill / token", "decode / token"], rows))
+    shown = table(["method", "parameters", "passes", "training / token", "× vanilla", "counted = formula",
+                   "6 N passes", "prefill / token", "decode / token"], rows)
     note = "" if small else "; this shape is too big to execute here: all by formula, on the meta device"
-    print(f"\nFLOPs per token at context {T}; adaptive at {bench.mean_latent:.2f} mean latent steps; decode: "
-          f"one token at a full context{note}")
-    name = f"flops-{bench.n_layer}x{bench.n_embd}.json"
-    return name, {"mean_latent": bench.mean_latent, "context": T, "methods": records}
+    shown += (f"\n\nFLOPs per token at context {T}; adaptive at {bench.mean_latent:.2f} mean latent steps; "
+              f"decode: one token at a full context{note}")
+    return f"flops-{bench.n_layer}x{bench.n_embd}.json", {
+        "mean_latent": bench.mean_latent, "context": T, "methods": records}, shown
 
 
 # ------------------------------------------------------------------------------------------------------ speed
-
-
-def kept_bytes(model: LLaMA, idx: Tensor, targets: Tensor) -> int:
-    """Bytes that a forward keeps for its backward, weights included: most of the peak of memory."""
-    storages = {}
-
-    def note(t: Tensor) -> Tensor:
-        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t.detach()  # t itself would hold the graph that holds it, for ever
-
-    with torch.autograd.graph.saved_tensors_hooks(note, nn.Identity()):
-        loss = model(idx, targets).loss
-    total = sum(storages.values())
-    del loss  # until here it kept them all alive, so that no address came twice
-    return total
 
 
 def measure_copy(device: torch.device) -> float:
@@ -160,19 +143,22 @@ class Contestant:
         self.decoder = twin.decoder if twin else make(config, self.device).eval()
         self.optimizer = twin.optimizer if twin else torch.optim.AdamW(self.model.parameters(), fused=True)
         if not twin:
-            lay_out(self.decoder, precision(self.device, bench.dtype))
-        compiled = compiles(bench.compile, self.device)
-        if not twin and not compiled and self.device.type == "cpu" and bench.dtype != "bfloat16":
-            fuse_norms(self.model)  # as train.py does
-        if not twin and compiled:
+            self.speed_up()
+        shape = (2, batch, config.block_size)
+        self.idx, self.targets = torch.randint(0, config.vocab_size, shape, device=self.device)
+        self.found: dict[str, list[float]] = defaultdict(list)  # what was measured, round by round
+
+    def speed_up(self) -> None:
+        """As train.py and sample.py do."""
+        lay_out(self.decoder, precision(self.device, self.bench.dtype))
+        if compiles(self.bench.compile, self.device):
             compile_training(self.model)
             compile_training(self.decoder)
             compile_ticks(self.decoder)
             torch._dynamo.config.recompile_limit = 1024  # contestants share code, but not their graphs
             torch._dynamo.config.accumulated_recompile_limit = 1024
-        shape = (2, batch, config.block_size)
-        self.idx, self.targets = torch.randint(0, config.vocab_size, shape, device=self.device)
-        self.found: dict[str, list[float]] = defaultdict(list)  # what was measured, round by round
+        elif self.device.type == "cpu" and self.bench.dtype != "bfloat16":
+            fuse_norms(self.model)
 
     def force(self) -> None:
         """Gives the router this contestant's share: twins have it in common."""
@@ -259,18 +245,17 @@ def alternate(contestants: list[Contestant], rounds: int, measure: Callable) -> 
             yield
 
 
-def bench_speed(bench: Bench) -> tuple[str, dict]:
-    """Prints the table → the name of the results file, and what it is to hold."""
+def bench_speed(bench: Bench) -> tuple[str, dict, str]:
+    """The name of the results file, what it is to hold, and the table that shows it."""
     contestants: dict[str, Contestant] = {}
     for name in bench.methods:
-        if name != "adaptive":
-            contestants[name] = Contestant(bench, bench.config_of(name), 0.0, bench.batch)
-            continue
+        means = {0.0}
+        if name == "adaptive":
+            means = {m for m in (0, 0.5, 1, 1.5, 2, 3) if m <= bench.max_latent} | {bench.mean_latent}
         twin = None
-        means = {m for m in (0, 0.5, 1, 1.5, 2, 3) if m <= bench.max_latent} | {bench.mean_latent}
         for mean_latent in sorted(means):
             twin = Contestant(bench, bench.config_of(name), mean_latent, bench.batch, twin)
-            contestants[f"adaptive, {mean_latent:g} steps"] = twin
+            contestants[f"adaptive, {mean_latent:g} steps" if name == "adaptive" else name] = twin
     device = pick_device(bench.device)
     roof, copy = 0.0, 0.0
     for _ in alternate(list(contestants.values()), bench.rounds, measure_speed):
@@ -298,19 +283,19 @@ def bench_speed(bench: Bench) -> tuple[str, dict]:
                      f"{r['time_ratio']:.2f}", f"{r['flop_ratio']:.2f}", f"{over:.2f}", f"{r['mfu']:.0%}",
                      f"{speed['prefill']:,.0f}", f"{speed['decode 1']:,.0f}", f"{r['bandwidth']:.0%}",
                      f"{speed['decode 16']:,.0f}", f"{r['memory'] / 2**20:,.0f}"])
-    print(table(["method", "training tok/s", "spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU",
-                 "prefill tok/s", "decode tok/s, batch 1", "of bandwidth", "batch 16",
-                 "peak MiB" if device.type == "cuda" else "kept MiB"], rows))
-    print(f"\n{about()['machine']}, torch {torch.__version__}; {bench.batch} × {bench.block_size} tokens, "
-          f"medians of {bench.rounds} alternating rounds, on CUDA of four steps; roof {roof / 1e12:.3f} "
-          f"TFLOP/s, copy {copy / 1e9:.1f} GB/s; adaptive is forced to a mean of latent steps; decoding "
-          "starts at half the context; kept: what a forward keeps for its backward, weights included")
+    shown = table(["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU",
+                   "prefill tok/s", "decode tok/s, batch 1", "of bandwidth", "batch 16",
+                   "peak MiB" if device.type == "cuda" else "kept MiB"], rows)
+    shown += (f"\n\n{about()['machine']}, torch {torch.__version__}; {bench.batch} × {bench.block_size} "
+              f"tokens, medians of {bench.rounds} alternating rounds, on CUDA of four steps; roof "
+              f"{roof / 1e12:.3f} TFLOP/s, copy {copy / 1e9:.1f} GB/s; adaptive is forced to a mean of latent steps; decoding "
+              "starts at half the context; kept: what a forward keeps for its backward, weights included")
     kind = device.type + ("-compiled" if compiles(bench.compile, device) else "")
-    return f"speed-{kind}-{bench.n_layer}x{bench.n_embd}.json", {
-        "roof": roof, "copy": copy, "batch": bench.batch, "context": bench.block_size, "methods": records}
+    sizes = {"roof": roof, "copy": copy, "batch": bench.batch, "context": bench.block_size}
+    return f"speed-{kind}-{bench.n_layer}x{bench.n_embd}.json", sizes | {"methods": records}, shown
 
 
-def bench_growth(bench: Bench) -> tuple[str, dict]:
+def bench_growth(bench: Bench) -> tuple[str, dict, str]:
     """The same for batch 1 and a mean of one latent step: against the context, and against ℓ_max."""
     base = bench.config_of("adaptive")
     plan = {f"context {c}": replace(base, block_size=c) for c in bench.contexts}
@@ -327,19 +312,19 @@ def bench_growth(bench: Bench) -> tuple[str, dict]:
         ours, vanilla = list(micro[f"context {c}"].values()), list(micro[f"context {c}, vanilla"].values())
         ratios = [f"{our / its:.2f}" for our, its in zip(ours, vanilla)]
         rows.append([c, *(f"{time:,.0f}" for time in ours + vanilla), *ratios])
-    print("Microseconds per token at a mean of one latent step:")
-    print(table("context|prefill|decode|vanilla: prefill|decode|ratio: prefill|decode".split("|"), rows))
+    shown = "Microseconds per token at a mean of one latent step:\n"
+    shown += table("context|prefill|decode|vanilla: prefill|decode|ratio: prefill|decode".split("|"), rows)
     rows = [[name.split()[1], *(f"{time:,.0f}" for time in micro[name].values())]
             for name in plan if name.startswith("ℓ_max")]
-    print("\n" + table(["ℓ_max", "prefill", "decode"], rows))
+    shown += "\n\n" + table(["ℓ_max", "prefill", "decode"], rows)
     name = f"growth-{contestant.device.type}-{bench.n_layer}x{bench.n_embd}.json"
-    return name, {"microseconds_per_token": micro}
+    return name, {"microseconds_per_token": micro}, shown
 
 
 # ----------------------------------------------------------------------------------------------------- memory
 
 
-def bench_memory(bench: Bench) -> tuple[str, dict]:
+def bench_memory(bench: Bench) -> tuple[str, dict, str]:
     """The same for the memory of train.py --shard, by formula: products in bfloat16 unless dtype says not."""
     model = make(bench.config_of("adaptive"), "meta")
     shared = dict(model=model, world=bench.world, low=bench.dtype != "float32")
@@ -347,14 +332,15 @@ def bench_memory(bench: Bench) -> tuple[str, dict]:
     parts = {way: memory(batch=bench.batch, checkpointing=flag, **shared) for way, flag in ways.items()}
     rows = [[name, *(f"{parts[way][name] / 1e9:.2f}" for way in ways)] for name in parts["all kept"]]
     rows.append(["at the peak", *(f"{sum(parts[way].values()) / 1e9:.2f}" for way in ways)])
-    print(table([f"GB in each process, {bench.batch} × {bench.block_size} tokens at once", *ways], rows))
+    shown = table([f"GB in each process, {bench.batch} × {bench.block_size} tokens at once", *ways], rows)
     fits = {f"{size} GB": [fitting(0.9e9 * size, checkpointing=flag, **shared) for flag in (False, True)]
             for size in (80, 141)}
-    print("\n" + table(["--micro_batch_size that fits", *ways], [[name, *fits[name]] for name in fits]))
+    shown += "\n\n" + table(["--micro_batch_size that fits", *ways], [[name, *fits[name]] for name in fits])
     host = bench.world * parts["all kept"]["weights"] / 1e9  # each process builds it, then keeps its share
-    print(f"\nAll {bench.max_latent} latent steps taken, blocks not compiled; a tenth is left to CUDA. "
-          f"Each process first builds the model in {host:.1f} GB of its machine's memory")
-    return f"memory-{bench.n_layer}x{bench.n_embd}.json", {"world": bench.world, "bytes": parts, "fits": fits}
+    shown += (f"\n\nAll {bench.max_latent} latent steps taken, blocks not compiled; a tenth is left to CUDA. "
+              f"Each process first builds the model in {host:.1f} GB of its machine's memory")
+    name = f"memory-{bench.n_layer}x{bench.n_embd}.json"
+    return name, {"world": bench.world, "bytes": parts, "fits": fits}, shown
 
 
 BENCHES = {"flops": bench_flops, "speed": bench_speed, "growth": bench_growth, "memory": bench_memory}
@@ -370,9 +356,13 @@ def main() -> None:
     machine = about()
     check_output(Path(bench.results) / "flops.json", "--results", make=True)
     with enough_memory(f"give less than --batch={bench.batch}, or a smaller shape"):
-        name, record = BENCHES[bench.what](bench)
-    write_whole(Path(bench.results) / name, json.dumps(machine | record, indent=1, allow_nan=False) + "\n")
-    print(f"\nwritten: {Path(bench.results) / name}")
+        name, record, shown = BENCHES[bench.what](bench)
+    path = Path(bench.results) / name
+    try:
+        write_whole(path, json.dumps(machine | record, indent=1, allow_nan=False) + "\n")
+    finally:  # the reader of what is printed may have gone, and a disk may be full
+        print(shown)
+    print(f"\nwritten: {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a method costs at a mean of latent steps: FLOPs by formula and as executed, bytes that decoding reads.
+"""What a method costs at a mean of latent steps: FLOPs by formula and as executed, bytes read and kept.
 
 What is notable here:
 * A method says beside its `think` what a forward costs, as a function of the executed steps (`passes`).
@@ -124,6 +124,21 @@ def counted(model: LLaMA, idx: Tensor, targets: Tensor) -> tuple[int, Tensor]:
         steps.append(output.steps)
     model.zero_grad(set_to_none=True)
     return total, torch.cat(steps)
+
+
+def kept_bytes(model: LLaMA, idx: Tensor, targets: Tensor) -> int:
+    """Bytes that a forward keeps for its backward, weights included: most of the peak of memory."""
+    storages = {}
+
+    def note(t: Tensor) -> Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t.detach()  # t itself would hold the graph that holds it, for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(note, nn.Identity()):
+        loss = model(idx, targets).loss
+    total = sum(storages.values())
+    del loss  # until here it kept them all alive, so that no address came twice
+    return total
 
 
 def costs(model: LLaMA, steps: Tensor) -> dict[str, float]:

@@ -257,18 +257,24 @@ def evaluate(config: Eval) -> None:
         found |= analyze(tokenizer, ids, said)
         found["further_steps"] = further_steps(with_fewer_steps(model, ids, said, config))
 
-    # Write, and only then print: who reads what is printed may stop.
-    if config.html:
-        beginning = explain(model, tokenizer, ids[:2000].tolist())
-        write_whole(config.html, html_page(title, model, tokenizer, [beginning]))
-    if config.json:
-        write_whole(config.json, json.dumps(found | about(), indent=1, ensure_ascii=False) + "\n")
-    print(title + shown)
-    print_numbers(found)
-    for path in filter(None, (config.html, config.json)):
+    # Write, and only then print, whatever came of it: a disk may be full, and a reader may have gone.
+    written = []
+    try:
+        if config.json:
+            write_whole(config.json, json.dumps(found | about(), indent=1, ensure_ascii=False) + "\n")
+            written.append(config.json)
+        if config.plot:
+            figures.save(draw(found, title), config.plot)
+            written.append(config.plot)
+        if config.html:
+            beginning = explain(model, tokenizer, ids[:2000].tolist())
+            write_whole(config.html, html_page(title, model, tokenizer, [beginning]))
+            written.append(config.html)
+    finally:
+        print(title + shown)
+        print_numbers(found)
+    for path in written:
         print(f"written: {path}")
-    if config.plot:
-        figures.save(draw(found, title), config.plot)
 
 
 def main() -> None:

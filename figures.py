@@ -190,7 +190,6 @@ def save(figure, path: str | Path) -> None:
     """Writes a figure, whole or not at all, in the format that the name says. Raises BadInput."""
     with whole(path) as file:
         figure.savefig(file, format=Path(path).suffix[1:], dpi=150)
-    print(f"written: {path}")
 
 
 def save_comparison(finished: dict, path: Path) -> None:
@@ -198,12 +197,14 @@ def save_comparison(finished: dict, path: Path) -> None:
     figure = loss_against_flops(lines_of(finished))
     for suffix in (".svg", ".png"):
         save(figure, path.with_suffix(suffix))
+        print(f"written: {path.with_suffix(suffix)}")
 
 
 def main(argv: list[str] | None = None) -> None:
     config = configure(Plot, argv, positional=("runs",))
     check_figure(config.file, "--file")
     save(draw_curves(config.runs), config.file)
+    print(f"written: {config.file}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
 """What bench.py says: its tables and files, whom it times and when, and that it counts tokens, not ticks."""
 
 import json
-import weakref
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 
 import bench
-import prepare
 from baselines import METHODS
-from bench import Bench, Contestant, alternate, kept_bytes
+from bench import Bench, Contestant, alternate
 from common import save_checkpoint
 from conftest import uneven
-from costs import make
-from model import Config
 from tokenizer import get_tokenizer
 
+ROOT = Path(__file__).parent.parent
 SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_ff": 24, "block_size": 32, "vocab_size": 67}
 
 
@@ -69,6 +69,16 @@ def test_memory(measured, tmp_path):
     small, large = result["fits"]["80 GB"], result["fits"]["141 GB"]
     assert 0 < small[0] < large[0] < large[1] and small[0] < small[1] < large[1]
     assert "world" in measured("memory", "--world=0", code=2) and "memory" in measured("speeds", code=2)
+
+
+def test_what_was_measured_is_written_though_nobody_reads_what_is_printed(tmp_path):
+    command = [sys.executable, ROOT / "bench.py", "flops", "--methods=vanilla", f"--results={tmp_path}"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "flops-3x128.json").read_text())["methods"]["vanilla"]
 
 
 def test_flops_of_what_is_too_big_to_execute(measured, tmp_path):
@@ -202,19 +212,6 @@ def test_rounds_alternate_and_the_first_is_forgotten():
     assert all(sorted(r) == list("abcd") for r in played) and len(set(played)) > 2
     first = min(time for contestant in contestants for time in contestant.found["times"])
     assert first == 5, "what the first round measured is gone"
-
-
-def test_kept_bytes_are_those_of_autograd():
-    """Weights once, and as much again for each pass of a loop; all of it is given back."""
-    given_back = []
-
-    def kept(K):
-        model = make(Config(method="loop", max_latent=K, **SHAPE), "cpu")
-        model.norm.register_forward_hook(lambda *call: given_back.append(weakref.ref(call[2])))
-        return kept_bytes(model, *torch.randint(0, 67, (2, 2, 32)))
-    weights = sum(p.nbytes for p in make(Config(method="loop", **SHAPE), "cpu").blocks.parameters())
-    assert weights < kept(0) < kept(1) and kept(2) - kept(1) == kept(3) - kept(2) > 0
-    assert given_back and not any(output() is not None for output in given_back)
 
 
 @pytest.mark.parametrize("arguments,words", [

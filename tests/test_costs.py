@@ -1,5 +1,6 @@
 """Counted FLOPs are those of the formula, forced routers have their mean, a pass reads weights once."""
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 from baselines import METHODS
 from common import BadInput, configure
 from conftest import uneven
-from costs import (bytes_read, costs, counted, forward_flops, going_on, made_up_steps, make, memory,
-                   training_flops)
+from costs import (bytes_read, costs, counted, forward_flops, going_on, kept_bytes, made_up_steps, make,
+                   memory, training_flops)
 from log import Cache
 from model import Config
 from train import Train
@@ -156,3 +157,16 @@ def test_the_papers_models_fit_80_gb(name):
 def test_a_shape_that_a_method_cannot_have():
     with pytest.raises(BadInput, match="mor"):
         make(Config(method="mor", **SHAPE | {"n_layer": 2}), "meta")
+
+
+def test_kept_bytes_are_those_of_autograd():
+    """Weights once, and as much again for each pass of a loop; all of it is given back."""
+    given_back = []
+
+    def kept(K):
+        model = make(Config(method="loop", max_latent=K, **SHAPE), "cpu")
+        model.norm.register_forward_hook(lambda *call: given_back.append(weakref.ref(call[2])))
+        return kept_bytes(model, *torch.randint(0, 67, (2, 2, 32)))
+    weights = sum(p.nbytes for p in make(Config(method="loop", **SHAPE), "cpu").blocks.parameters())
+    assert weights < kept(0) < kept(1) and kept(2) - kept(1) == kept(3) - kept(2) > 0
+    assert given_back and not any(output() is not None for output in given_back)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from common import save_checkpoint
+from common import BadInput, save_checkpoint
 from costs import forward_flops
 from eval import Eval, perplexity, read_text, score_text, sweep, with_fewer_steps
 from prepare import Data, Prepare, prepare
@@ -310,6 +310,18 @@ def test_what_was_found_is_written_though_nobody_reads_what_is_printed(folder):
     os.close(writer)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert json.loads((folder / "kept.json").read_text())["sweep"]
+
+
+@pytest.mark.parametrize("flag", ["json", "html", "plot"])
+def test_what_was_found_is_printed_though_it_cannot_be_written(flag, folder, call, monkeypatch):
+    def full(*_):
+        raise BadInput("the disk is full")
+
+    monkeypatch.setattr(evaluation, "write_whole", full)
+    monkeypatch.setattr(evaluation.figures, "save", full)
+    words = ["--sweep", "--max_tokens=200", "--device=cpu", f"--{flag}={folder / 'x.png'}"]
+    out, err = call("eval", folder / "adaptive", *words, code=2)
+    assert "perplexity" in out and "written" not in out and "the disk is full" in err
 
 
 def test_outputs_are_tried_before_the_work_begins(folder, call, monkeypatch):
