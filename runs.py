@@ -39,9 +39,9 @@ from schedule import DIVERGED
 from shard import load_whole, local, parameters_of, resume_parts, shard
 from tokenizer import describe
 
-RANK = int(os.environ.get("RANK", 0))  # which process this is; torchrun sets all three
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # which on its machine
-WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many there are
+RANK = int(os.environ.get("RANK") or 0)  # which process this is; torchrun sets all three
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # which on its machine
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # how many there are
 FREE = (  # --resume may change these: but for max_steps, and mor's micro-batches, they only change rounding
     "out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "keep_every",
     "log_every", "device", "compile", "checkpointing", "tensorboard", "shard")
@@ -89,8 +89,12 @@ class Stop:
 @contextmanager
 def ends_with_the_others() -> Iterator[None]:
     """Where a process of several fails, the others' collectives fail or wait for ever. So it ends at once,
-    torchrun ends the others, and only the first to fail says why, in one line.
+    torchrun ends the others, and only the first to fail says why, in one line. Raises BadInput where the
+    environment is not as torchrun makes it.
     """
+    if not 0 <= RANK < WORLD or WORLD > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise BadInput(f"the environment says RANK={RANK} and WORLD_SIZE={WORLD}, but this is no torchrun: "
+                       "start with it, or unset both")
     try:
         yield
     except Exception as error:
@@ -215,9 +219,13 @@ def evaluate(model: LLaMA, data: Data, config, micro: int, device: torch.device,
 
 
 def say(text: str) -> None:
-    """Prints a line, above the progress bar, in one of the processes."""
-    if RANK == 0:
-        tqdm.write(text, file=sys.stdout)
+    """Prints a line, above the progress bar, in one of the processes. A training goes on without a reader."""
+    try:
+        if RANK == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+    except OSError:  # its reader has gone, or its disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def say_stopped(step: int, path: Path) -> None:
@@ -275,7 +283,8 @@ def lock(folder: Path):
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # any other: a file system that knows no locks
             file.close()
-            raise BadInput(f"another train.py is at work in {folder}: choose another --out") from None
+            raise BadInput(f"another train.py is at work in {folder}: wait for its end, or choose another "
+                           "--out") from None
     for half in (*folder.glob(".*.pt.tmp"), folder / ".summary.json.tmp"):
         half.unlink(missing_ok=True)
     return file
@@ -307,11 +316,11 @@ def write_log(path: Path, record: dict, board: Board | None = None) -> None:
     """
     if RANK > 0:
         return
-    if board:
-        board.write(record)
     try:
         with open(path, "a", newline="\n") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
+        if board:
+            board.write(record)
     except OSError as error:
         raise unwritten(path, error) from None
 
@@ -330,7 +339,7 @@ def log_state(path: Path) -> tuple[int, str]:
 
 
 def unwritten(path: Path, error: OSError) -> BadInput:
-    advice = "the last checkpoint is as it was: make room, and go on with --resume"
+    advice = "the last checkpoint is as it was: mend that, and go on with --resume"
     return BadInput(f"{path} cannot be written ({reason(error)}); {advice}")
 
 
