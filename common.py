@@ -50,7 +50,7 @@ def table(head: list[str], rows: list[list]) -> str:
 def whole(path: str | Path):
     """A binary file beside path that takes its place when the block ends. Raises BadInput on a full disk."""
     path = Path(path).resolve()  # so that a link stays a link
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name[:60]}.tmp")  # a name has 255 bytes at most
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -66,7 +66,7 @@ def whole(path: str | Path):
 def write_whole(path: str | Path, content: str | bytes) -> None:
     """Writes a file that never is half there. Raises BadInput where it cannot be written."""
     with whole(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def check_output(path: str | Path, flag: str, make: bool = False) -> None:

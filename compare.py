@@ -57,7 +57,7 @@ class Compare(Recipe):
     rates: list[float] = field(default_factory=lambda: [3e-3, 6e-3, 1.2e-2])  # each method gets its best
     rate_steps: int = 0  # optimizer steps of the runs that find it; 0: max_steps
     budgets: list[float] = field(default_factory=list)  # Pareto; none: 0.5, 1, 1.5, 2 up to max_latent
-    ks: list[int] = field(default_factory=list)  # Pareto: latent steps of the baselines; none: 1 to max_latent
+    ks: list[int] = field(default_factory=list)  # Pareto: steps of the baselines; none: 1 to max_latent
     depths: list[int] = field(default_factory=lambda: [2, 3, 4])  # Pareto: vanilla's layers, times n_layer
     lengths: list[int] = field(default_factory=list)  # steps of the last table; none: half, and max_steps
     jobs: int = 1  # runs at once, which share the cores

@@ -16,6 +16,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
 import types
@@ -75,6 +76,8 @@ def lacks_memory(error: BaseException) -> bool:
 
 def unusable(error: BaseException, otherwise: str) -> str:
     """What is wrong with a file that could not be taken in: not always the file."""
+    if isinstance(error, PermissionError):
+        return "may not be read"
     return "does not fit into memory" if lacks_memory(error) else otherwise
 
 
@@ -98,8 +101,8 @@ def enough_memory(advice: str = "") -> Iterator[None]:
 
 
 def run(main) -> None:
-    """Calls main(). BadInput, and a lack of memory, become a line on stderr and exit code 2, Ctrl-C a line
-    and exit code 130.
+    """Calls main(). BadInput, a lack of memory and a file that the system refuses become a line on stderr and
+    exit code 2; Ctrl-C a line and exit code 130, SIGTERM 143, after what is half written has been removed.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed where we were started
@@ -108,6 +111,13 @@ def run(main) -> None:
         if hasattr(stream, "reconfigure"):  # what the encoding lacks, such as λ in cp1252, becomes a "?"
             stream.reconfigure(errors="replace")
     script = Path(sys.argv[0]).name
+
+    def end(number: int, frame) -> None:
+        os.write(2, f"{script}: terminated\n".encode())  # print may be what the signal interrupts
+        sys.exit(128 + number)
+
+    if "RANK" not in os.environ:  # torchrun's only says that another process has failed
+        signal.signal(signal.SIGTERM, end)
     try:
         with enough_memory():
             main()
@@ -122,10 +132,12 @@ def run(main) -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        print(f"{script}: what is printed cannot be written: {reason(error)}", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of it at exit
+        what = "what is printed cannot be written" if error.filename is None else repr(error.filename)
+        print(f"{script}: {what}: {reason(error)}", file=sys.stderr)
+        if error.filename is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of it at exit
         sys.exit(2)
 
 
@@ -225,7 +237,7 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
             _check_known(key, kinds, word, free)
             texts = [text] if equals else _take(words, kinds[key])
             values[key] = _parse(texts, kinds[key], key, f"--{key}")
-        elif word.endswith(".py") and (Path(word).exists() or not free):  # else a prompt
+        elif word.endswith(".py") and (os.path.exists(word) or not free):  # else a prompt
             for key, texts, where, quoted in _read(word):
                 if key in others and key not in kinds:
                     continue
@@ -344,6 +356,8 @@ def _parse(texts: list[str], kind, key: str, where: str):
         value = {"true": True, "false": False}[texts[0].lower()] if kinds[0] is bool else kinds[0](texts[0])
     except (ValueError, KeyError):
         raise BadInput(f"{where} is {' '.join(texts)!r}, but must be {wanted}") from None
+    if kinds[0] is str and value.startswith("~/") and key not in ("prompt", "separator"):
+        value = os.path.expanduser(value)  # no shell does so behind a =
     check_range(key, value, where)
     return value
 
@@ -354,16 +368,28 @@ def _parse(texts: list[str], kind, key: str, where: str):
 def answer_help(file: str, default: Path | None = None) -> None:
     """Prints the help of a script and exits, if the script is the one that runs and --help was asked for.
 
-    To be called above the imports that take long. `default`: the config file where none is named.
-    The class and the positional arguments are read where the script says `configure(Class, positional=(…))`.
+    To be called above the imports that take long, of which Ctrl-C then shows no traceback. `default`: the
+    config file where none is named. The class and the positional arguments are read where the script says
+    `configure(Class, positional=(…))`.
     """
     words = sys.argv[1:]
-    if Path(sys.argv[0]).resolve() == Path(file).resolve() and {"--help", "-h"} & set(words):
+    if Path(sys.argv[0]).resolve() != Path(file).resolve():
+        return
+    sys.excepthook = _quiet
+    if {"--help", "-h"} & set(words):
         source = Path(file).read_text(encoding="utf-8")
         call = re.search(r"\bconfigure\((\w+)(?:[^()]*positional=(\([^)]*\)))?", source)
         positional = ast.literal_eval(call[2] or "()")
         run(lambda: print(_help(Path(file), call[1], positional, words, default)))
         sys.exit(0)
+
+
+def _quiet(kind, error, trace) -> None:
+    """What Python calls with an exception that nobody caught: Ctrl-C is no fault to be shown."""
+    if kind is KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def _help(file: Path, cls: str, positional: tuple[str, ...], words: list[str], default: Path | None) -> str:

@@ -22,7 +22,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
@@ -172,7 +171,7 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
     if counts["train"]["tokens"] + counts["val"]["tokens"] < 4:
         why = "".join(f"; {path} {note}" for path, note in [*writer.notes.items()][:1])
         skipped = f"{counts['skipped']} empty or not UTF-8{why}"
-        raise BadInput(f"too little text in {len(files)} file(s): {skipped}")
+        raise BadInput(f"too little text in {len(files)} file(s), want four tokens at least: {skipped}")
     if not (counts["train"]["tokens"] and counts["val"]["tokens"]):
         if config.task:  # whose documents stay whole
             raise BadInput(f"--val_fraction={config.val_fraction} leaves training or validation no document")
@@ -364,7 +363,6 @@ class Data:
 
 def main() -> None:
     config = configure(Prepare)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that what is half written goes
     folder = prepare(config)
     meta = read_json(folder / "meta.json")
     for split in ("train", "val"):

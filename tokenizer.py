@@ -39,7 +39,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         try:
             return make_tokenizer(Path(name).stem, GPT2_PATTERN, ranks_from_text(Path(name).read_bytes()))
         except (OSError, ValueError) as error:
-            raise BadInput(f"--tokenizer {name} is no run and no file of ranks: {reason(error)}") from None
+            raise BadInput(f"--tokenizer {name} is not a file of ranks: {reason(error)}") from None
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
         raise BadInput(f"--tokenizer {name}: want bytes, a path to ranks.tiktoken, a run, or one of {known}")

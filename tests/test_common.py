@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -60,6 +61,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         assert path.read_text(encoding="utf-8") == "three λ" and [*tmp_path.iterdir()] == [path]
     with pytest.raises(BadInput, match="cannot be written"):
         write_whole(tmp_path / "no" / "a.json", "x")
+
+
+def test_names_of_any_length_and_bytes_are_written(tmp_path):
+    write_whole(tmp_path / ("n" * 250 + ".json"), "{}")
+    write_whole(tmp_path / "a.json", json.dumps({"run": "out/\udcff"}, ensure_ascii=False))
+    assert json.loads((tmp_path / "a.json").read_text()) == {"run": "out/\udcff"}, "as it is named"
+    assert len([*tmp_path.iterdir()]) == 2
 
 
 def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):

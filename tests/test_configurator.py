@@ -121,6 +121,57 @@ def test_output_on_a_full_disk_is_one_line():
     assert "talks.py: what is printed cannot be written: No space left" in done.stderr
 
 
+def test_a_file_that_the_system_refuses_is_one_line(capsys):
+    """Python's own questions about paths raise, where a folder may not be entered or a name is too long."""
+    for main, word in ((lambda: Path("n" * 300).is_file(), "File name too long"),
+                       (lambda: open("/no/such/file"), "/no/such/file")):
+        with pytest.raises(SystemExit) as stopped:
+            run(main)
+        line = capsys.readouterr().err
+        assert stopped.value.code == 2 and line.count("\n") == 1 and word in line
+    with pytest.raises(OSError):
+        run(lambda: os.close(10**6))  # a fault of ours, which is to be seen
+    long = "n" * 300 + ".py"
+    assert configure(Settings, [long], positional=("run",)).run == long, "a text that is no config file"
+
+
+HALF = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+sys.argv = ["halves.py"]
+from common import run, whole
+def main():
+    with whole("text") as file:
+        file.write(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+run(main)
+"""
+
+
+def test_what_sigterm_leaves_half_written_is_removed(tmp_path):
+    command = [sys.executable, "-c", HALF.format(root=str(ROOT))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr, [*tmp_path.iterdir()]) == (143, "halves.py: terminated\n", [])
+
+
+def test_ctrl_c_in_the_imports_is_one_line(tmp_path):
+    script = tmp_path / "slow.py"
+    lines = [f"import sys; sys.path.insert(0, {str(ROOT)!r})", "from configurator import answer_help",
+             "answer_help(__file__)", "raise KeyboardInterrupt"]
+    script.write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr == "slow.py: interrupted\n"
+    script.write_text(script.read_text().replace("KeyboardInterrupt", "ValueError"))
+    assert "Traceback" in subprocess.run([sys.executable, script], capture_output=True, text=True).stderr
+
+
+def test_a_home_folder_behind_an_equals_sign_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert configure(Settings, ["--run=~/a", "--names", "~/b", "~"]).run == str(tmp_path / "a")
+    assert configure(Settings, ["--names", "~/b", "~"]).names == [str(tmp_path / "b"), "~"]
+
+
 @pytest.mark.parametrize("argv,want", [
     (["--steps=3"], dict(steps=3)),
     (["--steps", "3", "--fast"], dict(steps=3, fast=True)),
