@@ -71,7 +71,9 @@ def training_text(files: list[Path], config) -> Iterator[str]:
 def beginnings(files: list[Path], config) -> Iterator[tuple[str, int, bool]]:
     """Of each document: its first characters, how many it has, and whether it is to be validation text."""
     for path in files:
-        text, size, digest = "", 0, hashlib.sha256()
+        text = ""
+        size = 0
+        digest = hashlib.sha256()
         for piece in read_pieces(path, config.key, config.separator):
             new = piece.text or ""
             digest.update(new.encode())
@@ -79,4 +81,6 @@ def beginnings(files: list[Path], config) -> Iterator[tuple[str, int, bool]]:
             size += len(new)
             if piece.ends:
                 yield text, size, validates(digest.digest(), config.val_fraction)
-                text, size, digest = "", 0, hashlib.sha256()
+                text = ""
+                size = 0
+                digest = hashlib.sha256()

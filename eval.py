@@ -110,7 +110,9 @@ def read_parts(paths: list[str], tokenizer, key: str, separator: str) -> Iterato
         if path.endswith(".bin"):
             yield read_bin(Path(path), tokenizer)
         for file in files:
-            tokens, blank, broken = [], True, False
+            tokens = []
+            blank = True
+            broken = False
             for piece in read_pieces(file, key, separator):
                 new = None if broken or piece.text is None else encode(tokenizer, [piece.text])[0]
                 if new is None and not broken:
@@ -124,7 +126,9 @@ def read_parts(paths: list[str], tokenizer, key: str, separator: str) -> Iterato
                     yield np.array(tokens, dtype_of(tokenizer))
                     tokens = []
                 if piece.ends:
-                    tokens, blank, broken = [], True, False
+                    tokens = []
+                    blank = True
+                    broken = False
 
 
 def read_bin(path: Path, tokenizer) -> np.ndarray:
@@ -143,7 +147,9 @@ def read_bin(path: Path, tokenizer) -> np.ndarray:
 def score_text(model: LLaMA, ids: np.ndarray, config: Eval, title: str, keep=False) -> tuple[dict, Tensor]:
     """Perplexity of ids (n,) by sliding windows; if kept, what `score` says of all but the first (3, n−1)."""
     began = time.perf_counter()
-    tally, nats, kept = Tally(), 0.0, [torch.zeros(3, 0)]
+    tally = Tally()
+    nats = 0.0
+    kept = [torch.zeros(3, 0)]
     context = model.config.block_size
     pairs = windows(ids, 1, context, config.stride or max(1, context // 2))
     while some := list(itertools.islice(pairs, 64 * config.batch_size)):
@@ -165,7 +171,9 @@ def exp(x: float) -> float:
 def perplexity(model: LLaMA, tokenizer, ids: np.ndarray, config: Eval) -> tuple[dict, Tensor]:
     """The same, and per word and per byte, of all tokens but the first, which nothing predicts."""
     summary, said = score_text(model, ids, config, "perplexity", config.analyze)
-    end, words, size = tokenizer.eot_token, 0, 0
+    end = tokenizer.eot_token
+    words = 0
+    size = 0  # bytes
     for first, last in itertools.pairwise([1, *np.flatnonzero(ids == end).tolist(), len(ids)]):
         text = tokenizer.decode_bytes([i for i in ids[first:last].tolist() if i != end])
         words += len(text.decode("utf-8", "replace").split())
@@ -195,7 +203,8 @@ def sweep(model: LLaMA, ids: np.ndarray, config: Eval) -> list[dict]:
 
 def with_fewer_steps(model: LLaMA, ids: np.ndarray, said: Tensor, config: Eval) -> list[Tensor]:
     """What is said of the same text with at most 0, 1, 2, … steps; last `said` itself, which took most."""
-    own, found = model.max_latent, []
+    own = model.max_latent
+    found = []
     for most in range(int(said[2].max())):
         model.max_latent = most
         found.append(score_text(model, ids, config, f"at most {most} steps", keep=True)[1])

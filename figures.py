@@ -170,7 +170,8 @@ def steps_against_hops(rows: list[dict]):
 
 def frontier(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Those points (FLOPs, loss) that no cheaper one equals, by FLOPs."""
-    best, found = math.inf, []
+    best = math.inf
+    found = []
     for flops, loss in sorted(points):
         if loss < best:
             best = loss

@@ -126,7 +126,9 @@ def find_tasks(names: list[str], include_path: str) -> TaskManager:
     """The harness's TaskManager that knows the names. Raises BadInput for unknown tasks and broken files."""
     if include_path and not Path(include_path).is_dir():
         raise BadInput(f"--include_path {include_path} is not a folder; it wants one of task files (.yaml)")
-    log, handler, records = logging.getLogger("lm_eval"), logging.Handler(), []
+    log = logging.getLogger("lm_eval")
+    handler = logging.Handler()
+    records = []
     handler.emit = records.append  # the harness tells only its log which files it leaves out
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
@@ -146,7 +148,9 @@ def find_tasks(names: list[str], include_path: str) -> TaskManager:
 def accuracy(model: LLaMA, tokenizer, config) -> tuple[dict, str]:
     """The tasks of config, an Eval, once for each num_fewshot → the harness's results, and its tables."""
     names = [task for name in config.tasks for task in (PAPER if name == "paper" else [name])]
-    manager, found, shown = find_tasks(names, config.include_path), {}, ""
+    manager = find_tasks(names, config.include_path)
+    found = {}
+    shown = ""
     for name in ("lm_eval", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for shots in config.num_fewshot:

@@ -122,13 +122,15 @@ def bytes_of(tokenizer, token: int) -> bytes:
 def whole_characters(pieces: Iterable[Piece]) -> Iterator[tuple[str, list[Piece]]]:
     """Joins pieces until their bytes are whole UTF-8 characters: (text, the pieces behind it)."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    text, held = "", []
+    text = ""
+    held = []
     for piece in pieces:
         text += decoder.decode(piece.text)
         held.append(piece)
         if text and not decoder.getstate()[0]:
             yield text, held
-            text, held = "", []
+            text = ""
+            held = []
     text += decoder.decode(b"", final=True)
     if text:
         yield text, held
@@ -139,7 +141,8 @@ def words(pieces: Iterable[Piece]) -> Iterator[list[tuple[str, list[Piece]]]]:
 
     A token that begins with a blank and goes on otherwise, as " the" of GPT-2's tokens, begins a word.
     """
-    word, last = [], ""
+    word = []
+    last = ""
     for text, group in whole_characters(pieces):
         goes_on = kind(text) == kind(last[-1:]) and (not text[0].isspace() or text.isspace())
         if word and not goes_on:

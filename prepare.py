@@ -152,7 +152,8 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
     with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         before = 0  # bytes of the files before this one
         for path in files:
-            single, ends = kind(path) not in RECORDS, 0
+            single = kind(path) not in RECORDS
+            ends = 0
             for piece in read_pieces(path, config.key, config.separator):
                 writer.add(path, piece)
                 bar.update(before + piece.read - bar.n)
