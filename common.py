@@ -50,7 +50,7 @@ def table(head: list[str], rows: list[list]) -> str:
 def whole(path: str | Path):
     """A binary file beside path that takes its place when the block ends. Raises BadInput on a full disk."""
     path = Path(path).resolve()  # so that a link stays a link
-    temporary = path.with_name(f".{path.name[:60]}.tmp")  # a name has 255 bytes at most
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -73,7 +73,8 @@ def check_output(path: str | Path, flag: str, make: bool = False) -> None:
     """Raises BadInput, which names flag, where no file can be written at path. `make` makes its folder."""
     try:
         real = Path(path).resolve()
-        if real.exists() and not real.is_file():
+        half = real.with_name(f".{real.name}.tmp")  # of `whole`: a name that is too long raises here
+        if half.is_dir() or real.exists() and not real.is_file():
             raise BadInput(f"{flag}={path} is a folder or a device; want the name of a file")
         if make:
             real.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +91,8 @@ def about() -> dict:
     dirty = "-dirty" if git("status", "--porcelain", "--", "*.py") else ""
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
-    machine = f"{[*names, platform.processor()][0]}, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        machine = torch.cuda.get_device_name()
+    cpu = f"{[*names, platform.processor()][0]}, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     return {"machine": machine, **versions, "commit": git("rev-parse", "--short", "HEAD") + dirty}
 

@@ -251,7 +251,7 @@ def main() -> None:
     settings = configure(Compare, default=TINY, also="train.py")
     if settings.plot:
         optional("matplotlib.figure", "--plot")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the runs, as Ctrl-C does
     runs = Runs(settings)
     kinds = {kind.who: kind for kind in (plain_run(who, settings) for who in settings.methods)}
 

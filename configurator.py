@@ -89,6 +89,18 @@ def read_json(path: Path):
         raise ValueError(reason(error)) from None
 
 
+def _uncaught(kind, error, trace) -> None:
+    """What Python does with an exception that nobody caught, such as Ctrl-C in the imports: a line will do."""
+    if kind is KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent:  # one of our scripts runs
+    sys.excepthook = _uncaught
+
+
 @contextmanager
 def enough_memory(advice: str = "") -> Iterator[None]:
     """Raises BadInput, with the advice, where memory runs out."""
@@ -102,7 +114,8 @@ def enough_memory(advice: str = "") -> Iterator[None]:
 
 def run(main) -> None:
     """Calls main(). BadInput, a lack of memory and a file that the system refuses become a line on stderr and
-    exit code 2; Ctrl-C a line and exit code 130, SIGTERM 143, after what is half written has been removed.
+    exit code 2; Ctrl-C a line and exit code 130, SIGTERM 143 (unless main says otherwise), after what is half
+    written has been removed.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed where we were started
@@ -113,10 +126,11 @@ def run(main) -> None:
     script = Path(sys.argv[0]).name
 
     def end(number: int, frame) -> None:
-        os.write(2, f"{script}: terminated\n".encode())  # print may be what the signal interrupts
+        with suppress(OSError):  # nobody may read it
+            os.write(2, f"{script}: terminated\n".encode())  # print may be what the signal interrupts
         sys.exit(128 + number)
 
-    if "RANK" not in os.environ:  # torchrun's only says that another process has failed
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's only says that another process has failed
         signal.signal(signal.SIGTERM, end)
     try:
         with enough_memory():
@@ -368,28 +382,16 @@ def _parse(texts: list[str], kind, key: str, where: str):
 def answer_help(file: str, default: Path | None = None) -> None:
     """Prints the help of a script and exits, if the script is the one that runs and --help was asked for.
 
-    To be called above the imports that take long, of which Ctrl-C then shows no traceback. `default`: the
-    config file where none is named. The class and the positional arguments are read where the script says
-    `configure(Class, positional=(…))`.
+    To be called above the imports that take long. `default`: the config file where none is named.
+    The class and the positional arguments are read where the script says `configure(Class, positional=(…))`.
     """
     words = sys.argv[1:]
-    if Path(sys.argv[0]).resolve() != Path(file).resolve():
-        return
-    sys.excepthook = _quiet
-    if {"--help", "-h"} & set(words):
+    if Path(sys.argv[0]).resolve() == Path(file).resolve() and {"--help", "-h"} & set(words):
         source = Path(file).read_text(encoding="utf-8")
         call = re.search(r"\bconfigure\((\w+)(?:[^()]*positional=(\([^)]*\)))?", source)
         positional = ast.literal_eval(call[2] or "()")
         run(lambda: print(_help(Path(file), call[1], positional, words, default)))
         sys.exit(0)
-
-
-def _quiet(kind, error, trace) -> None:
-    """What Python calls with an exception that nobody caught: Ctrl-C is no fault to be shown."""
-    if kind is KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
 
 
 def _help(file: Path, cls: str, positional: tuple[str, ...], words: list[str], default: Path | None) -> str:

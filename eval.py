@@ -282,8 +282,8 @@ def evaluate(config: Eval) -> None:
     finally:
         print(title + shown)
         print_numbers(found)
-    for path in written:
-        print(f"written: {path}")
+        for path in written:
+            print(f"written: {path}")
 
 
 def main() -> None:

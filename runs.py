@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -39,9 +39,16 @@ from schedule import DIVERGED
 from shard import load_whole, local, parameters_of, resume_parts, shard
 from tokenizer import describe
 
-RANK = int(os.environ.get("RANK") or 0)  # which process this is; torchrun sets all three
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)  # which on its machine
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # how many there are
+
+def number_from(name: str, unset: int) -> int:
+    """A variable of the environment; −1 where it is no number, which `ends_with_the_others` refuses."""
+    text = os.environ.get(name) or str(unset)
+    return int(text) if text.isdecimal() else -1
+
+
+RANK = number_from("RANK", 0)  # which process this is; torchrun sets all three
+LOCAL_RANK = number_from("LOCAL_RANK", 0)  # which on its machine
+WORLD = number_from("WORLD_SIZE", 1)  # how many there are
 FREE = (  # --resume may change these: but for max_steps, and mor's micro-batches, they only change rounding
     "out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "keep_every",
     "log_every", "device", "compile", "checkpointing", "tensorboard", "shard")
@@ -81,7 +88,8 @@ class Stop:
             self.since = time.monotonic()
             of_torchrun = WORLD > 1 and number == signal.SIGTERM  # as when another process has failed
             if RANK == 0 and not of_torchrun:  # not by print, which the signal may have interrupted
-                os.write(2, b"\ntrain.py: saves and stops after this step; a second Ctrl-C ends at once\n")
+                with suppress(OSError):  # nobody may read it
+                    os.write(2, b"\ntrain.py: saves and stops after this step; a second Ctrl-C ends at once\n")
         elif WORLD == 1 or time.monotonic() - self.since > 2:
             os._exit(128 + number)
 
@@ -92,9 +100,12 @@ def ends_with_the_others() -> Iterator[None]:
     torchrun ends the others, and only the first to fail says why, in one line. Raises BadInput where the
     environment is not as torchrun makes it.
     """
-    if not 0 <= RANK < WORLD or WORLD > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise BadInput(f"the environment says RANK={RANK} and WORLD_SIZE={WORLD}, but this is no torchrun: "
-                       "start with it, or unset both")
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    met = os.environ.get("MASTER_ADDR") and number_from("MASTER_PORT", -1) > 0
+    if not 0 <= LOCAL_RANK <= RANK < WORLD or WORLD > 1 and not met:
+        found = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        raise BadInput(f"the environment holds {found}, as no torchrun sets it: start with torchrun, or unset "
+                       "them")
     try:
         yield
     except Exception as error:
@@ -243,7 +254,8 @@ def check_finite(numbers: dict[str, float], step: int, path: Path) -> None:
         return
     if RANK == 0:
         advice = f"{path} is of an earlier step, and finite; a lower --learning_rate may help"
-        tqdm.write(f"train.py: diverged at step {step}: {', '.join(wrong)}; {advice}", file=sys.stderr)
+        with suppress(OSError):  # the exit code says so, too
+            tqdm.write(f"train.py: diverged at step {step}: {', '.join(wrong)}; {advice}", file=sys.stderr)
     sys.exit(DIVERGED)
 
 

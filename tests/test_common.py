@@ -63,11 +63,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_whole(tmp_path / "no" / "a.json", "x")
 
 
-def test_names_of_any_length_and_bytes_are_written(tmp_path):
-    write_whole(tmp_path / ("n" * 250 + ".json"), "{}")
+def test_names_of_any_bytes_are_written(tmp_path):
     write_whole(tmp_path / "a.json", json.dumps({"run": "out/\udcff"}, ensure_ascii=False))
     assert json.loads((tmp_path / "a.json").read_text()) == {"run": "out/\udcff"}, "as it is named"
-    assert len([*tmp_path.iterdir()]) == 2
+    with pytest.raises(BadInput, match="--json=.* cannot be written: File name too long"):
+        check_output(tmp_path / ("n" * 248 + ".json"), "--json")  # with what is written beside it first
 
 
 def test_a_link_stays_a_link_and_a_device_a_device(tmp_path):
