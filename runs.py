@@ -70,7 +70,8 @@ class Progress:
 
 
 class Stop:
-    """Ctrl-C or SIGTERM asks for an end after this step; a second one ends at once, and saves nothing.
+    """Ctrl-C, SIGTERM or a terminal that is closed (SIGHUP, unless nohup has it ignored) asks for an end after
+    this step; a second one ends at once, and saves nothing.
 
     Of several processes each hears a Ctrl-C twice, from the terminal and from torchrun: what follows within
     two seconds is taken for an echo.
@@ -81,6 +82,8 @@ class Stop:
         self.since = 0.0
         signal.signal(signal.SIGINT, self.ask)
         signal.signal(signal.SIGTERM, self.ask)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.ask)
 
     def ask(self, number: int, frame) -> None:
         if not self.asked:

@@ -22,6 +22,8 @@ def plain_signals():
     """A training in this process, that of a fixture too, leaves its answer to Ctrl-C behind."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -210,7 +210,10 @@ def test_kill_9_and_resume(data, tmp_path):
     assert len(losses(tmp_path / "whole")) == 60 and same(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_sigterm_saves_and_exits_cleanly(data, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_sigterm_saves_and_exits_cleanly(name, data, tmp_path):
+    if not hasattr(signal, name):
+        pytest.skip("Windows has no SIGHUP")
     arguments = flags(data, tmp_path / "run", max_steps=100000, save_every=100000, eval_every=100000)
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
@@ -218,7 +221,7 @@ def test_sigterm_saves_and_exits_cleanly(data, tmp_path):
     while not log.exists() or len(log.read_text().splitlines()) < 3:
         assert process.poll() is None
         time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "--resume" in out and "a second Ctrl-C" in err
     assert load_checkpoint(tmp_path / "run")[2]["step"] == max(losses(tmp_path / "run"))
