@@ -31,7 +31,7 @@ import torch
 import figures
 from baselines import METHODS
 from common import (BadInput, about, check_items, check_output, check_read, check_typed, configure,
-                    optional, read_json, run, table, write_whole)
+                    on_end, optional, read_json, run, table, write_whole)
 from prepare import Data
 from schedule import DIVERGED, OF_ADAPTIVE, Recipe, unread
 
@@ -251,7 +251,7 @@ def main() -> None:
     settings = configure(Compare, default=TINY, also="train.py")
     if settings.plot:
         optional("matplotlib.figure", "--plot")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the runs, as Ctrl-C does
+    on_end(signal.default_int_handler)  # stops the runs, as Ctrl-C does
     runs = Runs(settings)
     kinds = {kind.who: kind for kind in (plain_run(who, settings) for who in settings.methods)}
 

@@ -112,6 +112,13 @@ def enough_memory(advice: str = "") -> Iterator[None]:
         raise BadInput(f"too little memory: {advice or reason(error)}") from None
 
 
+def on_end(answer) -> None:
+    """Has answer(number, frame) called on SIGTERM, and where the terminal is closed unless nohup ignores it."""
+    signal.signal(signal.SIGTERM, answer)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, answer)
+
+
 def run(main) -> None:
     """Calls main(). BadInput, a lack of memory and a file that the system refuses become a line on stderr and
     exit code 2; Ctrl-C a line and exit code 130, SIGTERM 143 (unless main says otherwise), after what is half
@@ -131,7 +138,7 @@ def run(main) -> None:
         sys.exit(128 + number)
 
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's only says that another process has failed
-        signal.signal(signal.SIGTERM, end)
+        on_end(end)
     try:
         with enough_memory():
             main()

@@ -31,7 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from common import BadInput, autocast, check_no_run, check_tensor, load_checkpoint, precision, reason
+from common import (BadInput, autocast, check_no_run, check_tensor, load_checkpoint, on_end, precision,
+                    reason)
 from log import send
 from model import LLaMA
 from prepare import Data
@@ -70,8 +71,8 @@ class Progress:
 
 
 class Stop:
-    """Ctrl-C, SIGTERM or a terminal that is closed (SIGHUP, unless nohup has it ignored) asks for an end after
-    this step; a second one ends at once, and saves nothing.
+    """Ctrl-C, SIGTERM or a terminal that is closed asks for an end after this step; a second one ends at once,
+    and saves nothing.
 
     Of several processes each hears a Ctrl-C twice, from the terminal and from torchrun: what follows within
     two seconds is taken for an echo.
@@ -81,9 +82,7 @@ class Stop:
         self.asked = False
         self.since = 0.0
         signal.signal(signal.SIGINT, self.ask)
-        signal.signal(signal.SIGTERM, self.ask)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            signal.signal(signal.SIGHUP, self.ask)
+        on_end(self.ask)
 
     def ask(self, number: int, frame) -> None:
         if not self.asked:

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import typing
@@ -143,15 +144,18 @@ from common import run, whole
 def main():
     with whole("text") as file:
         file.write(b"half")
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.{name})
 run(main)
 """
 
 
-def test_what_sigterm_leaves_half_written_is_removed(tmp_path):
-    command = [sys.executable, "-c", HALF.format(root=str(ROOT))]
+@pytest.mark.parametrize("name,code", [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_what_a_signal_leaves_half_written_is_removed(name, code, tmp_path):
+    if not hasattr(signal, name):
+        pytest.skip("Windows has no SIGHUP")
+    command = [sys.executable, "-c", HALF.format(root=str(ROOT), name=name)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr, [*tmp_path.iterdir()]) == (143, "halves.py: terminated\n", [])
+    assert (done.returncode, done.stderr, [*tmp_path.iterdir()]) == (code, "halves.py: terminated\n", [])
 
 
 @pytest.mark.parametrize("error,shown", [("KeyboardInterrupt", "eval.py: interrupted\n"), ("ValueError", None)])
