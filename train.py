@@ -70,8 +70,8 @@ class Train(Recipe):
 
 
 def train(config: Train) -> dict:
-    """Trains, and returns the summary; empty where the run was stopped. Raises BadInput: before it writes,
-    but where it cannot write or its numbers are no longer finite.
+    """Trains, and returns the summary; empty where the run was stopped. Raises BadInput before it writes,
+    later only where it cannot.
     """
     # Whatever can be wrong with the settings and the data.
     device = pick_device(config.device, LOCAL_RANK)
