@@ -15,9 +15,11 @@ from common import answer_help
 
 answer_help(__file__)
 
+import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,11 +166,17 @@ def main() -> None:
         texts = [[] for _ in range(config.num_samples)]
         began = time.perf_counter()
         streams = [first_of(generate(model, tokenizer, ids, config), texts), *texts[1:]]
-        for i, pieces in enumerate(streams, 1):
-            if config.num_samples > 1:
-                print("\n\n" * (i > 1) + f"--- text {i} of {config.num_samples} ---")
-            show(prompt, colours, dim=True)
-            show(pieces, colours)
+        try:
+            for i, pieces in enumerate(streams, 1):
+                if config.num_samples > 1:
+                    print("\n\n" * (i > 1) + f"--- text {i} of {config.num_samples} ---")
+                show(prompt, colours, dim=True)
+                show(pieces, colours)
+        except BrokenPipeError:
+            if not config.html:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            deque(streams[0], maxlen=0)  # what is still to be said, for the page
         took = time.perf_counter() - began
 
         steps = [piece.steps for pieces in texts for piece in pieces]

@@ -1,6 +1,7 @@
 """What sample.py shows: whole characters, the thinking of each token where it belongs, a page of its own."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def test_sample_prints_the_prompt_goes_on_and_repeats_itself(checkpoint, shown, 
     assert text_of((tmp_path / "page.html").read_text(encoding="utf-8")) == [out]
     other, _ = shown(checkpoint, "def ", "--max_new_tokens=30", "--seed=2")
     assert other != out
+
+
+def test_the_page_is_whole_though_nobody_reads_what_is_printed(checkpoint, shown, tmp_path):
+    words = ["def ", "--max_new_tokens=30", "--num_samples=2", "--seed=5", "--device=cpu"]
+    shown(checkpoint, *words, f"--html={tmp_path}/read.html")
+    command = [sys.executable, ROOT / "sample.py", checkpoint, *words, f"--html={tmp_path}/page.html"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    pages = [text_of((tmp_path / name).read_text(encoding="utf-8")) for name in ("read.html", "page.html")]
+    assert pages[0] == pages[1]
 
 
 def test_several_texts_are_each_as_if_alone(checkpoint, shown, tmp_path):
