@@ -288,8 +288,9 @@ def bench_speed(bench: Bench) -> tuple[str, dict, str]:
                    "peak MiB" if device.type == "cuda" else "kept MiB"], rows)
     shown += (f"\n\n{about()['machine']}, torch {torch.__version__}; {bench.batch} × {bench.block_size} "
               f"tokens, medians of {bench.rounds} alternating rounds, on CUDA of four steps; roof "
-              f"{roof / 1e12:.3f} TFLOP/s, copy {copy / 1e9:.1f} GB/s; adaptive is forced to a mean of latent steps; decoding "
-              "starts at half the context; kept: what a forward keeps for its backward, weights included")
+              f"{roof / 1e12:.3f} TFLOP/s, copy {copy / 1e9:.1f} GB/s; adaptive is forced to a mean of "
+              "latent steps; decoding starts at half the context; kept: what a forward keeps for its "
+              "backward, weights included")
     kind = device.type + ("-compiled" if compiles(bench.compile, device) else "")
     sizes = {"roof": roof, "copy": copy, "batch": bench.batch, "context": bench.block_size}
     return f"speed-{kind}-{bench.n_layer}x{bench.n_embd}.json", sizes | {"methods": records}, shown

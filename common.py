@@ -18,8 +18,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from configurator import (BadInput, answer_help, check_apart, check_items, check_range, reason,  # noqa: F401
-                          check_read, check_typed, configure, enough_memory, on_end, read_json, run, unusable)
+from configurator import (BadInput, answer_help, check_apart, check_items, check_range,  # noqa: F401
+                          check_read, check_typed, configure, enough_memory, read_json, reason, run, unusable)
 
 FORMAT = "nanoLatentCoT 1"
 TINY = Path(__file__).parent / "config" / "tiny.py"  # the config file where none is named

@@ -31,7 +31,8 @@ import torch
 import figures
 from baselines import METHODS
 from common import (BadInput, about, check_items, check_output, check_read, check_typed, configure,
-                    on_end, optional, read_json, run, table, write_whole)
+                    optional, read_json, run, table, write_whole)
+from configurator import on_end
 from prepare import Data
 from schedule import DIVERGED, OF_ADAPTIVE, Recipe, unread
 

@@ -90,7 +90,7 @@ def read_json(path: Path):
 
 
 def _uncaught(kind, error, trace) -> None:
-    """What Python does with an exception that nobody caught, such as Ctrl-C in the imports: a line will do."""
+    """What Python does with an exception that nobody caught: of Ctrl-C in the imports it shows a line."""
     if kind is KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
     else:
@@ -112,8 +112,14 @@ def enough_memory(advice: str = "") -> Iterator[None]:
         raise BadInput(f"too little memory: {advice or reason(error)}") from None
 
 
+def mute() -> None:
+    """Drops all that is printed from now on, as its reader has gone or its disk is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def on_end(answer) -> None:
-    """Has answer(number, frame) called on SIGTERM, and where the terminal is closed unless nohup ignores it."""
+    """Has answer(number, frame) called on SIGTERM, and when the terminal is closed, unless nohup ignores it.
+    """
     signal.signal(signal.SIGTERM, answer)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, answer)
@@ -153,12 +159,13 @@ def run(main) -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise
-        what = "what is printed cannot be written" if error.filename is None else repr(error.filename)
+        what = repr(error.filename)
+        if error.filename is None:  # no file that was named to us
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            what = "what is printed cannot be written"
+            mute()  # what is left of it at exit
         print(f"{script}: {what}: {reason(error)}", file=sys.stderr)
-        if error.filename is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of it at exit
         sys.exit(2)
 
 

@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from common import (BadInput, autocast, check_no_run, check_tensor, load_checkpoint, on_end, precision,
-                    reason)
+from common import BadInput, autocast, check_no_run, check_tensor, load_checkpoint, precision, reason
+from configurator import mute, on_end
 from log import send
 from model import LLaMA
 from prepare import Data
@@ -71,8 +71,8 @@ class Progress:
 
 
 class Stop:
-    """Ctrl-C, SIGTERM or a terminal that is closed asks for an end after this step; a second one ends at once,
-    and saves nothing.
+    """Ctrl-C, SIGTERM or a terminal that is closed asks for an end after this step; a second one ends at
+    once, and saves nothing.
 
     Of several processes each hears a Ctrl-C twice, from the terminal and from torchrun: what follows within
     two seconds is taken for an echo.
@@ -90,8 +90,9 @@ class Stop:
             self.since = time.monotonic()
             of_torchrun = WORLD > 1 and number == signal.SIGTERM  # as when another process has failed
             if RANK == 0 and not of_torchrun:  # not by print, which the signal may have interrupted
+                line = b"\ntrain.py: saves and stops after this step; a second Ctrl-C ends at once\n"
                 with suppress(OSError):  # nobody may read it
-                    os.write(2, b"\ntrain.py: saves and stops after this step; a second Ctrl-C ends at once\n")
+                    os.write(2, line)
         elif WORLD == 1 or time.monotonic() - self.since > 2:
             os._exit(128 + number)
 
@@ -106,8 +107,8 @@ def ends_with_the_others() -> Iterator[None]:
     met = os.environ.get("MASTER_ADDR") and number_from("MASTER_PORT", -1) > 0
     if not 0 <= LOCAL_RANK <= RANK < WORLD or WORLD > 1 and not met:
         found = " ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
-        raise BadInput(f"the environment holds {found}, as no torchrun sets it: start with torchrun, or unset "
-                       "them")
+        raise BadInput(f"the environment holds {found}, as no torchrun sets it: start with torchrun, or "
+                       "unset them")
     try:
         yield
     except Exception as error:
@@ -238,7 +239,7 @@ def say(text: str) -> None:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
     except OSError:  # its reader has gone, or its disk is full
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        mute()
 
 
 def say_stopped(step: int, path: Path) -> None:

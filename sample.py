@@ -15,7 +15,6 @@ from common import answer_help
 
 answer_help(__file__)
 
-import os
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ import torch
 
 from common import (BadInput, autocast, check_apart, check_output, check_predictions, check_read, configure,
                     load_checkpoint, pick_device, precision, reason, run, turn, write_whole)
+from configurator import mute
 from documents import cut, encode
 from fast import compile_ticks, compiles, lay_out
 from model import LLaMA
@@ -175,7 +175,7 @@ def main() -> None:
         except BrokenPipeError:
             if not config.html:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            mute()
             deque(streams[0], maxlen=0)  # what is still to be said, for the page
         took = time.perf_counter() - began
 

@@ -1,6 +1,7 @@
 import importlib
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def call(monkeypatch, capsys):
         assert code != 2 or len(err.splitlines()) == 1 and err.startswith(f"{script}.py: "), err
         return out, err
     return call
+
+
+def unread(command, **settings):
+    """Runs a command whose output nobody reads → the finished process, with what it said on stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, **settings)
+    os.close(writer)
+    return done
 
 
 def uneven(method="adaptive", seed=0, **settings):

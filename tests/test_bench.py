@@ -1,8 +1,6 @@
 """What bench.py says: its tables and files, whom it times and when, and that it counts tokens, not ticks."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import bench
 from baselines import METHODS
 from bench import Bench, Contestant, alternate
 from common import save_checkpoint
-from conftest import uneven
+from conftest import uneven, unread
 from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -73,10 +71,7 @@ def test_memory(measured, tmp_path):
 
 def test_what_was_measured_is_written_though_nobody_reads_what_is_printed(tmp_path):
     command = [sys.executable, ROOT / "bench.py", "flops", "--methods=vanilla", f"--results={tmp_path}"]
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
+    done = unread(command)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert json.loads((tmp_path / "flops-3x128.json").read_text())["methods"]["vanilla"]
 

@@ -158,7 +158,8 @@ def test_what_a_signal_leaves_half_written_is_removed(name, code, tmp_path):
     assert (done.returncode, done.stderr, [*tmp_path.iterdir()]) == (code, "halves.py: terminated\n", [])
 
 
-@pytest.mark.parametrize("error,shown", [("KeyboardInterrupt", "eval.py: interrupted\n"), ("ValueError", None)])
+@pytest.mark.parametrize("error,shown", [
+    ("KeyboardInterrupt", "eval.py: interrupted\n"), ("ValueError", None)])
 def test_ctrl_c_in_the_imports_is_one_line(error, shown):
     code = f"import sys; sys.argv = ['eval.py']; import configurator; raise {error}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 
 import eval as evaluation
 from common import BadInput, save_checkpoint
+from conftest import unread
 from costs import forward_flops
 from eval import Eval, perplexity, read_text, score_text, sweep, with_fewer_steps
 from prepare import Data, Prepare, prepare
@@ -304,10 +303,7 @@ def test_wrong_input_is_answered_with_one_line_and_exit_code_2(words, folder, ca
 def test_what_was_found_is_written_though_nobody_reads_what_is_printed(folder):
     command = [sys.executable, ROOT / "eval.py", folder / "adaptive", "--max_tokens=200", "--device=cpu",
                "--sweep", f"--json={folder}/kept.json"]
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
+    done = unread(command)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert json.loads((folder / "kept.json").read_text())["sweep"]
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 import runs
 import train as train_module
 from common import BadInput, load_checkpoint
-from conftest import flat
+from conftest import flat, unread
 from runs import cut_log, lock, log_state, write_log
 from test_train import (  # noqa: F401
     ENV, ROOT, SMALL, TORCHRUN, data, flags, loopback, losses, one_thread, records)
@@ -334,10 +334,7 @@ def test_what_torchrun_did_not_set_is_refused(environment, data, tmp_path):
 
 def test_a_training_goes_on_without_a_reader(data, tmp_path):
     command = [sys.executable, ROOT / "train.py", *flags(data, tmp_path / "run", max_steps=8, eval_every=2)]
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(command, env=ENV, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
+    done = unread(command, env=ENV)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / "summary.json").exists()
 

@@ -1,7 +1,6 @@
 """What sample.py shows: whole characters, the thinking of each token where it belongs, a page of its own."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch._inductor.config as inductor
 
 from baselines import build
 from common import load_checkpoint, save_checkpoint
+from conftest import unread
 from log import broken_compiler
 from model import Config
 from sample import Sample, read_prompt
@@ -59,10 +59,7 @@ def test_the_page_is_whole_though_nobody_reads_what_is_printed(checkpoint, shown
     words = ["def ", "--max_new_tokens=30", "--num_samples=2", "--seed=5", "--device=cpu"]
     shown(checkpoint, *words, f"--html={tmp_path}/read.html")
     command = [sys.executable, ROOT / "sample.py", checkpoint, *words, f"--html={tmp_path}/page.html"]
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
-    os.close(writer)
+    done = unread(command)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     pages = [text_of((tmp_path / name).read_text(encoding="utf-8")) for name in ("read.html", "page.html")]
     assert pages[0] == pages[1]
