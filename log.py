@@ -119,8 +119,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 def pad(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Lists of tokens of any lengths → idx (B, T), padded on the right, and which of it is text (B, T)."""
     idx = pad_sequence([torch.tensor(text, dtype=torch.long) for text in texts], batch_first=True)
-    live = torch.arange(idx.size(1)) < torch.tensor([len(text) for text in texts])[:, None]
-    return send(idx, device), send(live, device)
+    return send(idx, device), send(filled([len(text) for text in texts]), device)
+
+
+def filled(lengths: list[int]) -> Tensor:
+    """(B, T), T the largest of B lengths: true on the first lengths[i] places of row i."""
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
 def spread(packed: Tensor, idx: Tensor, live: Tensor | None) -> Tensor:

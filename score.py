@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import check_predictions
 from costs import forward_flops
-from log import Cache, pad
+from log import Cache, filled, pad
 from model import LLaMA
 
 SHARED = 32  # tokens that reading a context once must spare each row to be worth a second forward
@@ -75,8 +75,7 @@ def score(model: LLaMA, pairs: list, batch_size: int, tally: Tally, title: str =
             nats.append(F.cross_entropy(logits, y, reduction="none").cpu())
             right.append((logits.argmax(1) == y).float().cpu())
         check_predictions(torch.cat(nats))
-        after = torch.arange(live.size(1)) >= torch.tensor([len(context) for context in contexts])[:, None]
-        thought = steps[live & after]
+        thought = torch.cat([row[len(a) : len(a) + len(b)] for row, a, b in zip(steps, contexts, rests)])
         whole = torch.stack((torch.cat(nats), torch.cat(right), thought))
         for i, part in zip(members, whole.split([len(rest) for rest in rests], 1)):
             found[i] = part
@@ -107,8 +106,7 @@ def read(model: LLaMA, contexts: list[np.ndarray], rests: list[np.ndarray]) -> t
         second = [torch.arange(len(row)) >= len(context) for row, context in zip(steps, contexts)]
         h = h[torch.cat(second).to(h.device)]
     rows = [torch.cat(parts) for parts in zip(before, steps)]
-    steps = pad_sequence(rows, batch_first=True)
-    return h, steps, torch.arange(steps.size(1)) < torch.tensor([len(row) for row in rows])[:, None]
+    return h, pad_sequence(rows, batch_first=True), filled([len(row) for row in rows])
 
 
 def feed(model: LLaMA, rows: list[np.ndarray], cache: Cache) -> tuple[Tensor, list[Tensor]]:
