@@ -14,6 +14,7 @@ from costs import COMPILED_CHUNK
 from log import additive_mask, broken_compiler
 
 PACKED = 2**16  # elements from which on a matrix is packed for decoding on a CPU
+ALONE = 384  # height and width from which on a packed matrix is also faster with a single row
 
 
 def compiles(wanted: bool | None, device) -> bool:
@@ -94,9 +95,9 @@ def lay_out(model, dtype=None) -> None:
     On CUDA that is bfloat16 unless dtype says otherwise: autocast makes it of them at each use, so that
     the numbers are the same and the bytes fewer. On a CPU it is float32, input by input in memory: a
     product with 4 to 63 rows then takes MKL half the time at small widths, one with a single row as long
-    as before. Large ones are kept a second time, in the packed form of oneDNN, which several rows are
-    multiplied with; not those of a model of a billion weights, as there may be no room. What is bfloat16
-    there goes to oneDNN, which wants it as it stands.
+    as before. Large ones are kept a second time, in the packed form of oneDNN (see `pack`); not those of a
+    model of a billion weights, as there may be no room. What is bfloat16 there goes to oneDNN, which wants it
+    as it stands.
     """
     if model.head.weight is model.embed.weight:  # the embedding is read row by row, and stays as it is
         model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
@@ -115,7 +116,8 @@ def lay_out(model, dtype=None) -> None:
 
 def pack(linear) -> None:
     """Lets a Linear of float32 on a CPU multiply several rows at once by oneDNN, with weights that it packs
-    once: in half to nine tenths of MKL's time. Left as it is where this PyTorch cannot.
+    once: in half to nine tenths of MKL's time; from a size of ALONE on a single row, too. Left as it is where
+    this PyTorch cannot.
     """
     weight = linear.weight.detach()
     fit = weight.device.type == "cpu" and weight.dtype == torch.float32
@@ -127,9 +129,11 @@ def pack(linear) -> None:
     except (AttributeError, RuntimeError):
         return
 
+    small = min(weight.shape) < ALONE
+
     def forward(plain, x):
-        single = x.numel() == x.size(-1)  # what oneDNN spends on a call is more than it gains with one row
-        if single or torch.compiler.is_compiling():  # which packs what is constant by itself, or not at all
+        costly = small and x.numel() == x.size(-1)  # what oneDNN spends on a call is more than it gains
+        if costly or torch.compiler.is_compiling():  # which packs what is constant by itself, or not at all
             return plain(x)
         return multiply(x, packed, linear.bias, "none", [], "")
 

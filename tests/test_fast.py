@@ -1,6 +1,7 @@
 """Fast paths change no number: compiled blocks, compiled ticks, another layout of the weights."""
 
 import copy
+import itertools
 import weakref
 
 import pytest
@@ -134,13 +135,13 @@ def test_another_layout_gives_the_same_tokens_and_loads_elsewhere(method, shape,
 
 
 def test_a_packed_product_is_that_of_one_row_and_of_many():
-    """With a bias and without."""
-    for bias in (False, True):
-        linear = torch.nn.Linear(48, 32, bias=bias)
+    """With a bias and without, small and large."""
+    for bias, wide, high in itertools.product((False, True), (48, fast.ALONE), (32, fast.ALONE + 1)):
+        linear = torch.nn.Linear(wide, high, bias=bias)
         plain = linear.forward
         fast.pack(linear)
         assert "forward" in vars(linear)
-        for shape in ((1, 48), (2, 48), (1, 7, 48), (65, 48), (0, 48)):
+        for shape in ((1, wide), (2, wide), (1, 7, wide), (65, wide), (0, wide)):
             with torch.no_grad():
                 x = torch.randn(shape)
                 torch.testing.assert_close(linear(x), plain(x))
