@@ -331,13 +331,15 @@ def write_log(path: Path, record: dict, board: Board | None = None) -> None:
     """
     if RANK > 0:
         return
+    where = path
     try:
         with open(path, "a", newline="\n") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
         if board:
+            where = path.parent / "events.out.tfevents…"
             board.write(record)
     except OSError as error:
-        raise unwritten(path, error) from None
+        raise unwritten(where, error) from None
 
 
 def log_state(path: Path) -> tuple[int, str]:

@@ -736,6 +736,14 @@ def test_tensorboard_shows_what_the_log_has(data, tmp_path, monkeypatch, refused
         assert [value for _, value in found] == pytest.approx([value for _, value in wanted])
     reached = [row["reached"][2] for row in rows if "reached" in row]
     assert [event.value for event in shown.Scalars("reached/3")] == pytest.approx(reached)
+
+    def full(board, record):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Board, "write", full)
+        with pytest.raises(BadInput, match="events.out.tfevents.* cannot be written .No space left"):
+            train(Train(**settings | dict(out=str(tmp_path / "full"))))
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "pip install tensorboard" in refused("--tensorboard", f"--data={data}", f"--out={tmp_path}/other")
     assert not (tmp_path / "other").exists()
