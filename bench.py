@@ -279,7 +279,7 @@ def bench_speed(bench: Bench) -> tuple[str, dict, str]:
         r["time_ratio"] = base["tokens_per_second"]["training"] / speed["training"]
         r["flop_ratio"] = r["training_flops_per_token"] / base["training_flops_per_token"]
         over = r["time_ratio"] / r["flop_ratio"]
-        rows.append([name, f"{speed['training']:,.0f}", f"{r['spread']['training']:.0%}",
+        rows.append([name, f"{speed['training']:,.0f}", f"{r['spread']['training'] / 2:.0%}",
                      f"{r['time_ratio']:.2f}", f"{r['flop_ratio']:.2f}", f"{over:.2f}", f"{r['mfu']:.0%}",
                      f"{speed['prefill']:,.0f}", f"{speed['decode 1']:,.0f}", f"{r['bandwidth']:.0%}",
                      f"{speed['decode 16']:,.0f}", f"{r['memory'] / 2**20:,.0f}"])
