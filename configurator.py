@@ -146,6 +146,8 @@ def run(main) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's only says that another process has failed
         on_end(end)
     try:
+        if script != "train.py" and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+            raise BadInput("runs in one process: start it with python in place of torchrun")
         with enough_memory():
             main()
         sys.stdout.flush()
@@ -266,13 +268,13 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
             texts = [text] if equals else _take(words, kinds[key])
             values[key] = _parse(texts, kinds[key], key, f"--{key}")
         elif word.endswith(".py") and (os.path.exists(word) or not free):  # else a prompt
-            for key, texts, where, quoted in _read(word):
+            for key, value, where in _read(word):
                 if key in others and key not in kinds:
                     continue
                 _check_known(key, kinds, where)
-                if kinds[key] is str and not quoted:
+                if kinds[key] is str and not isinstance(value, str):
                     raise BadInput(f"{where}: {key} must be one text, as in {key} = 'a'")
-                values[key] = _parse(texts, kinds[key], key, f"{where}: {key}")
+                values[key] = _parse(_texts(value, kinds[key]), kinds[key], key, f"{where}: {key}")
         elif free:
             key = free.pop(0)
             more = _take(words, kinds[key]) if typing.get_origin(kinds[key]) is list else []
@@ -292,11 +294,8 @@ def _config_files(words: list[str]) -> list[str]:
     return [word for word in words if word.endswith(".py") and not word.startswith("--")]
 
 
-def _read(path: str | Path) -> list[tuple[str, list[str], str, bool]]:
-    """The settings of a config file: (name, values as text, where it stands, whether it is a text there).
-
-    Raises BadInput.
-    """
+def _read(path: str | Path) -> list[tuple]:
+    """The settings of a config file: (name, value, where it stands). Raises BadInput."""
     try:
         body = ast.parse(Path(path).read_text(encoding="utf-8-sig")).body
     except SyntaxError as error:
@@ -319,9 +318,18 @@ def _read(path: str | Path) -> list[tuple[str, list[str], str, bool]]:
         except (ValueError, TypeError, RecursionError, MemoryError):
             raise BadInput(f"{where}: {name} must be a plain number, string, True, False, None or "
                            "list") from None
-        texts = [str(item) for item in value] if isinstance(value, list) else [str(value)]
-        settings.append((name, texts or [""], where, isinstance(value, str)))  # none: as --name= has it
+        settings.append((name, value, where))
     return settings
+
+
+def _texts(value, kind) -> list[str]:
+    """A value of a config file as `_parse` takes it: as it is typed behind --name=, but with the brackets or
+    the quotes that a field of this kind has not.
+    """
+    if isinstance(value, list) and typing.get_origin(kind) is list:
+        return [str(item) for item in value] or [""]
+    takes_text = typing.get_origin(kind) is list or str in (kind, *typing.get_args(kind))
+    return [value if isinstance(value, str) and takes_text else repr(value)]
 
 
 def typed(argv: list[str] | None = None) -> set[str]:
@@ -412,9 +420,9 @@ def _help(file: Path, cls: str, positional: tuple[str, ...], words: list[str], d
     fields = _fields(file, cls)
     for path in _config_files(words) or filter(None, [default]):
         with suppress(BadInput):  # it may be a value, such as that of --input
-            for name, texts, *_ in _read(path):
+            for name, value, _ in _read(path):
                 if name in fields:
-                    fields[name] = (" ".join(texts), fields[name][1])
+                    fields[name] = (_as_typed(value), fields[name][1])
     bare = [f"[{name}]" for name in positional]
     usage = ["usage:", file.name, *bare, "[config.py …] [--key=value …]"]
     lines = [ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "", "", " ".join(usage), ""]
@@ -449,4 +457,8 @@ def _shown(value: ast.expr) -> str:
         plain = ast.literal_eval(value)
     except ValueError:
         return ast.unparse(value)
-    return " ".join(map(str, plain)) if isinstance(plain, list) else str(plain)
+    return _as_typed(plain)
+
+
+def _as_typed(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

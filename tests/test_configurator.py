@@ -244,6 +244,7 @@ def test_a_bare_argument_that_is_no_file_is_no_config_file(tmp_path):
     ("steps = [1, 2]", ["steps", "whole number"]), ("a = b = 1", ["line 1"]), ("steps = " + "(" * 5000, []),
     ("run = None", ["line 1", "run must be one text"]), ("run = ['a']", ["line 1", "run must be one text"]),
     ("names = {'a': 1}", ["line 1", "names must be a plain"]), ("run = b'a'", ["run must be a plain"]),
+    ("steps = [1]", ["steps is '[1]'", "whole number"]), ("tau = '0.5'", ["tau", "'0.5'", "a number"]),
 ])
 def test_wrong_config_files(source, words, tmp_path):
     (tmp_path / "a.py").write_text(source.replace("{made}", str(tmp_path / "made")))
@@ -338,6 +339,18 @@ def test_run_says_it_in_one_line(error, code, line, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(main)
     assert stopped.value.code == code and capsys.readouterr().err == line
+
+
+def test_only_training_runs_in_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    run(lambda: print("trains"))
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: print("measures"))
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2 and shown.out == "trains\n"
+    assert shown.err == "eval.py: runs in one process: start it with python in place of torchrun\n"
 
 
 def test_what_the_encoding_lacks_is_still_printed(monkeypatch):
