@@ -143,10 +143,11 @@ def run(main) -> None:
             os.write(2, f"{script}: terminated\n".encode())  # print may be what the signal interrupts
         sys.exit(128 + number)
 
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's only says that another process has failed
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if not torchrun:  # whose signal only says that another process has failed
         on_end(end)
     try:
-        if script != "train.py" and os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
+        if torchrun and script != "train.py" and os.environ.get("WORLD_SIZE") != "1":
             raise BadInput("runs in one process: start it with python in place of torchrun")
         with enough_memory():
             main()

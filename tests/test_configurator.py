@@ -342,7 +342,8 @@ def test_run_says_it_in_one_line(error, code, line, monkeypatch, capsys):
 
 
 def test_only_training_runs_in_several_processes(monkeypatch, capsys):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["train.py"])
     run(lambda: print("trains"))
     monkeypatch.setattr(sys, "argv", ["eval.py"])
