@@ -12,14 +12,15 @@ What is notable here:
   nobody sees it.
 * What attention needs beside the log stands at the end: the masks, the choice of a kernel, RoPE.
 
-Shapes: B rows, N packed states, A seats of each row in a pass, at least the states of the longest, S seats of
-the log, H heads, G heads of keys and values, hd width of a head.
+Shapes: B rows, N packed states, A seats that a pass takes in each row, as many as the longest row has states
+or more, S seats of the log, H heads, G heads of keys and values, hd width of a head.
 """
 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -112,7 +113,9 @@ take = Take.apply
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """From the CPU to a device. On CUDA nothing waits for it; elsewhere its memory might go too early."""
+    """Copies a CPU tensor to a device. On CUDA nothing waits for the copy; elsewhere its memory might be
+    freed before the copy is done.
+    """
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
@@ -181,6 +184,21 @@ class Log:
         self.column = self.entries["column"].append(seats, column).flatten(1)
         return seats
 
+    def recomputed(self) -> tuple:
+        """For `checkpoint`, whose backward pass repeats blocks: the log keeps nothing of that, or its graph
+        would live on.
+        """
+        return nullcontext(), self.unchanged()
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        held = {name: entries.held for name, entries in self.entries.items()}
+        try:
+            yield
+        finally:  # a recomputation may end early
+            for name, tensor in held.items():
+                self.entries[name].held = tensor
+
     def capacity(self) -> int:
         return self.entries["order"].held.size(1)
 
@@ -238,7 +256,7 @@ class Cache:
     def __init__(self) -> None:
         self.logs: dict[int, Log] = defaultdict(Log)
         self.at: dict[str, Tensor] = {}  # of each row (B, …): "pos", and what `tick` keeps of its thought
-        self.length = 0  # tokens fed so far, padding included: no row is longer
+        self.length = 0  # tokens that forwards have fed, padding included; those of ticks do not count
         self.exits: list[tuple] = []  # of a forward, if wanted: of each pass h[t,k] (n, d), tokens (n,)
 
     def states(self, idx: Tensor, live: Tensor | None) -> States:
@@ -290,10 +308,15 @@ def make_mask(states: States, log: Log) -> Tensor | BlockMask | None:
 
 
 def additive_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Tensor) -> Tensor:
-    """The rule as numbers to add to the scores: states (B, A), entries (B, S) → (B, 1, A, S)."""
+    """The rule as numbers to add to the scores: states (B, A), entries (B, S) → (B, 1, A, S), of the type
+    that autocast gives these, so that no layer casts them again.
+    """
+    kind = order.device.type
+    low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if low else torch.float32
     seen = key_order[:, None] <= order[:, :, None]
     seen = (seen & (key_column[:, None] <= column[:, :, None]))[:, None]
-    return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, -math.inf)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
 
 
 def block_mask(order: Tensor, column: Tensor, key_order: Tensor, key_column: Tensor) -> BlockMask:

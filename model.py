@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import check_range
 from log import Cache, Entries, Log, States, attend, make_mask, pad, rope_table, rotate, send, spread, take
 
-CHUNK = 2**27  # logits that are kept, or made at once where a loss is wanted: half a gigabyte in fp32
+CHUNK = 2**27  # most logits kept beside a loss, or made at once for it: half a gigabyte in fp32
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Config:
 
 @dataclass
 class Output:
-    """What a forward returns; steps, reach and expected_steps are 0 where no token is."""
+    """What a forward returns; steps, reach and expected_steps are 0 on padding."""
 
     logits: Tensor | None  # (B, T, V); None: too many to keep beside the loss
     loss: Tensor | None  # ce + λ · ada, and ε · the loss of every exit in training (§4)
@@ -85,7 +85,7 @@ class Output:
     steps: Tensor  # (B, T) executed latent steps
     reach: Tensor  # (B, T, ℓ_max) r[t,k], k ≥ 1, of steps taken and of the first one refused; 0 beyond
     expected_steps: Tensor  # (B, T) Σ_{k≥1} r[t,k] of the steps taken, differentiable
-    cache: "Cache"
+    cache: Cache
 
 
 @dataclass
@@ -175,7 +175,7 @@ class LLaMA(nn.Module):
         for layer in range(len(self.blocks)) if layers is None else layers:
             inputs = x, rope, states, log.entries[f"k{layer}"], log.entries[f"v{layer}"], seats, mask
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self.blocks[layer], *inputs, use_reentrant=False)
+                x = checkpoint(self.blocks[layer], *inputs, use_reentrant=False, context_fn=log.recomputed)
             else:
                 x = self.blocks[layer](*inputs)
         return x
@@ -232,9 +232,9 @@ class LLaMA(nn.Module):
         return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
 
     def loss(self, nats: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """L = CE + λ · mean_t stopgrad(q_t^β) · Σ_k r[t,k] (§4) over the targets (N,) that are not -1."""
+        """Over targets (N,) that are not -1: L = CE + λ · ada, CE, ada = mean_t q_t^β · Σ_k r[t,k] (§4)."""
         real = targets != -1
-        weight = torch.exp(-self.config.beta * nats.detach()) * real  # q^β, as q = exp(-nats)
+        weight = torch.exp(-self.config.beta * nats.detach()) * real  # q^β, as q = exp(-nats): no gradient
         ce = nats.sum() / real.sum()
         ada = (weight * expected).sum() / real.sum()
         return ce + self.lam * ada, ce, ada
@@ -243,7 +243,7 @@ class LLaMA(nn.Module):
         """What a step of training draws at random, once for all its micro-batches and processes."""
 
     def passes(self, steps: Tensor, live: Tensor, fed: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Queries and keys of each row (B,), and the number of layers, of every pass that `think` makes."""
+        """Queries and keys of a row (B,), and layers, of each pass; steps, live, fed (B, T): see costs.py."""
         yield fed.sum(1), live.sum(1), len(self.blocks)
 
     def further_products(self, steps: Tensor, fed: Tensor) -> Tensor | float:

@@ -173,6 +173,16 @@ def test_the_rule_entry_by_entry():
         [True] * 5]
 
 
+def test_the_mask_has_the_type_of_the_scores():
+    """So that no layer makes a copy of it, which autograd would keep."""
+    address = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 0, 1]])
+    exact = additive_mask(*address, *address)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = additive_mask(*address, *address)
+    assert exact.dtype is torch.float32 and low.dtype is torch.bfloat16
+    assert torch.equal(low.float(), exact)
+
+
 def test_the_block_mask_is_the_dense_mask(monkeypatch):
     """FlexAttention's mask on CPU against the additive one, by the kernels' results on real queries."""
     model, seen = make(), []

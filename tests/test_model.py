@@ -311,6 +311,18 @@ def test_checkpointing_changes_no_number(method):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_keeps_nothing_that_it_makes_again(method):
+    """Or the log would hold the graph of it, layer by layer, until the next forward."""
+    model = make(method).train()
+    model.checkpointing = True
+    out = model(text(), text(seed=5))
+    before = [entries.held for log in out.cache.logs.values() for entries in log.entries.values()]
+    out.loss.backward()
+    after = [entries.held for log in out.cache.logs.values() for entries in log.entries.values()]
+    assert len(before) > 3 and all(a is b for a, b in zip(before, after, strict=True))
+
+
 def test_a_loss_in_chunks_is_the_loss(monkeypatch):
     model, idx, targets = make(), text(), text(seed=2)
     targets[0, :7] = -1
