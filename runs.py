@@ -42,7 +42,7 @@ from tokenizer import describe
 
 
 def number_from(name: str, unset: int) -> int:
-    """A variable of the environment; −1 where it is no number, which `ends_with_the_others` refuses."""
+    """An environment variable as an integer; −1 where it is none, which `ends_with_the_others` refuses."""
     text = os.environ.get(name) or str(unset)
     return int(text) if text.isdecimal() else -1
 
@@ -50,14 +50,14 @@ def number_from(name: str, unset: int) -> int:
 RANK = number_from("RANK", 0)  # which process this is; torchrun sets all three
 LOCAL_RANK = number_from("LOCAL_RANK", 0)  # which on its machine
 WORLD = number_from("WORLD_SIZE", 1)  # how many there are
-FREE = (  # --resume may change these: but for max_steps, and mor's micro-batches, they only change rounding
+FREE = (  # --resume may change these: but for max_steps, and mor's micro-batches, weights differ by rounding
     "out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "keep_every",
     "log_every", "device", "compile", "checkpointing", "tensorboard", "shard")
 
 
 @dataclass
 class Progress:
-    """What a run has come to. ckpt.pt holds all of it, beside the model and the optimizer."""
+    """How far a run has come. ckpt.pt holds all of it, beside the model and the optimizer."""
 
     step: int = 0  # optimizer steps done
     seconds: float = 0.0  # that they took
@@ -74,7 +74,7 @@ class Stop:
     """Ctrl-C, SIGTERM or a terminal that is closed asks for an end after this step; a second one ends at
     once, and saves nothing.
 
-    Of several processes each hears a Ctrl-C twice, from the terminal and from torchrun: what follows within
+    With several processes each gets a Ctrl-C twice, from the terminal and from torchrun: what follows within
     two seconds is taken for an echo.
     """
 
@@ -269,7 +269,7 @@ def largest(model: LLaMA, optimizer: torch.optim.Optimizer) -> float:
         tensors += moments.values()
     own = torch.stack([local(tensor).abs().amax() for tensor in tensors if local(tensor).numel()]).amax()
     if WORLD > 1:
-        own = own.nan_to_num(nan=math.inf)  # which of the two is larger, no backend says
+        own = own.nan_to_num(nan=math.inf, posinf=math.inf)  # which of the two is larger, no backend says
         dist.all_reduce(own, dist.ReduceOp.MAX)
     return own.item()
 

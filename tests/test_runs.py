@@ -311,6 +311,17 @@ time.sleep(60)
 """
 
 
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_a_weight_that_is_not_finite_is_seen_by_several_processes_too(value, monkeypatch):
+    monkeypatch.setattr(runs, "WORLD", 2)
+    monkeypatch.setattr(runs.dist, "all_reduce", lambda *_: None)
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert 0 < runs.largest(model, optimizer) < 1
+    model.weight.data[0, 1] = value
+    assert runs.largest(model, optimizer) == float("inf")
+
+
 @pytest.mark.parametrize("name,code,world", [("SIGINT", 130, 1), ("SIGTERM", 143, 2)])
 def test_a_second_signal_ends_at_once(name, code, world):
     """Of several processes each gets two for one press, from the terminal and from torchrun."""
