@@ -149,7 +149,8 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
     """Writes train.bin and val.bin; returns what meta.json says about them."""
     writer = Writer(folder, tokenizer, config.val_fraction)
     size = sum(path.stat().st_size for path in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None)
+    with bar, writer.files["train"], writer.files["val"]:  # Windows removes no file that is open
         before = 0  # bytes of the files before this one
         for path in files:
             single = kind(path) not in RECORDS
@@ -165,9 +166,7 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
                 note = f"was read as one document: no --separator={config.separator} in it"
                 writer.notes.setdefault(path, note)
             before += path.stat().st_size
-    writer.flush()
-    for file in writer.files.values():
-        file.close()
+        writer.flush()
     counts = writer.counts
     if counts["train"]["tokens"] + counts["val"]["tokens"] < 4:
         why = "".join(f"; {path} {note}" for path, note in [*writer.notes.items()][:1])
@@ -244,7 +243,7 @@ def prepare(config: Prepare) -> Path:
             if config.task:
                 from tasks import hops  # which imports torch
                 files = [Path(temporary) / "task.txt"]
-                files[0].write_text("\n".join(hops()), encoding="utf-8")
+                files[0].write_bytes("\n".join(hops()).encode())
                 config = replace(config, separator="\n")
             meta |= write(files, config, tokenizer, new)
             if config.task:

@@ -75,11 +75,14 @@ def answers(model, data, documents: int) -> list[dict]:
         raise BadInput(f"{length} tokens of a document do not fit block_size {model.config.block_size}: want "
                        f"a run that was trained with --block_size={length - 1} or more")
     tokens = np.asarray(data.tokens["val"][: documents * length], dtype=np.int64)
-    idx = torch.from_numpy(tokens).view(-1, length).to(model.embed.weight.device)
-    with torch.no_grad():
-        parts = [model(rows[:, :-1]) for rows in idx.split(64)]
-    right = torch.cat([part.logits.argmax(2) for part in parts]) == idx[:, 1:]  # (documents, length - 1)
-    steps = torch.cat([part.steps for part in parts])
+    idx = torch.from_numpy(tokens).view(-1, length)
+    right, steps = [], []
+    for some in idx.split(64):
+        with torch.no_grad():
+            out = model(some[:, :-1].to(model.embed.weight.device))
+        right.append(out.logits.argmax(2).cpu() == some[:, 1:])
+        steps.append(out.steps.cpu())
+    right, steps = torch.cat(right), torch.cat(steps)  # (documents, length - 1)
     rows, asked = [], torch.zeros_like(right)
     for h in range(1, HOPS + 1):
         here = F.pad(idx[:, :-2] == data.tokenizer.encode(str(h))[0], (1, 0))  # the symbol behind the number
@@ -97,7 +100,8 @@ def main() -> None:
         check_output(config.json, "--json")
     if config.plot:
         figures.check_figure(config.plot, "--plot")
-    model, tokenizer, _ = load_checkpoint(config.run, pick_device(config.device))
+    device = pick_device(config.device)
+    model, tokenizer, _ = load_checkpoint(config.run, device)
     data = Data(config.data, 1)
     if data.document == 1:  # nor do documents of an older task say how long they are
         raise BadInput(f"--data={config.data} is not of prepare.py --task=hops, or of an older one")
@@ -113,7 +117,7 @@ def main() -> None:
               f"{row['steps']:.2f}"] for row in rows]
     try:
         if config.json:
-            content = {"settings": asdict(config), **about(), "rows": rows}
+            content = {"settings": asdict(config), **about(device), "rows": rows}
             write_whole(config.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
         if config.plot:
             figures.save(figures.steps_against_hops(rows), config.plot)
