@@ -1,4 +1,4 @@
-"""Where the thinking goes: tables and figures from what `score` of eval.py said of every token of a text.
+"""Where the thinking goes: tables and figures from what score.py says of every token of a text.
 
 What is notable here: nothing needs the model. A text is ids (n,), an array of tokens. What is said of it is a
 tensor `said` (3, n − 1), for each token but the first: −log q in nats, whether it was the likeliest, and the

@@ -64,7 +64,7 @@ def whole(path: str | Path):
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
-    """Writes a file that never is half there. Raises BadInput where it cannot be written."""
+    """Writes a file whole or not at all. Raises BadInput where it cannot be written."""
     with whole(path) as file:
         file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
@@ -85,14 +85,14 @@ def check_output(path: str | Path, flag: str, make: bool = False) -> None:
         raise BadInput(f"{flag}={path} cannot be written: {reason(error)}") from None
 
 
-def about() -> dict:
-    """Machine, versions and commit that a result belongs to."""
+def about(device) -> dict:
+    """Machine (of a CUDA device its own name, else the CPU's), versions and commit of a result."""
     import torch
     dirty = "-dirty" if git("status", "--porcelain", "--", "*.py") else ""
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
     cpu = f"{[*names, platform.processor()][0]}, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     return {"machine": machine, **versions, "commit": git("rev-parse", "--short", "HEAD") + dirty}
 
@@ -128,7 +128,7 @@ def pick_device(name: str, local_rank: int = 0):
 
 
 def precision(device, dtype: str = ""):
-    """The torch.dtype that a --dtype flag names; empty: bfloat16 on a GPU that has it, else float32."""
+    """The torch.dtype that a --dtype flag names; empty: bfloat16 on a CUDA GPU that has it, else float32."""
     import torch
     if dtype not in ("", "bfloat16", "float32"):
         raise BadInput(f"--dtype={dtype}: want bfloat16 or float32; float16 would need its loss scaled")

@@ -5,7 +5,7 @@
 What is notable here:
 * No code is executed: a config file holds literals only, each of its field's type.
 * RANGES is the one place that says which values the fields of all scripts may have.
-* An unknown setting is answered with the closest known one, or with our name for what nanoGPT calls so.
+* An unknown setting is answered with the closest known one, a name of nanoGPT's with ours.
 * --help is read from the source text: it answers at once, and shows the defaults that apply.
 """
 

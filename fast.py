@@ -94,10 +94,10 @@ def lay_out(model, dtype=None) -> None:
 
     On CUDA that is bfloat16 unless dtype says otherwise: autocast makes it of them at each use, so that
     the numbers are the same and the bytes fewer. On a CPU it is float32, input by input in memory: a
-    product with 4 to 63 rows then takes MKL half the time at small widths, one with a single row as long
-    as before. Large ones are kept a second time, in the packed form of oneDNN (see `pack`); not those of a
-    model of a billion weights, as there may be no room. What is bfloat16 there goes to oneDNN, which wants it
-    as it stands.
+    product with 4 to 63 rows then takes MKL half the time at small widths, one with a single row takes
+    as long as before. Large ones are kept a second time, in the packed form of oneDNN (see `pack`); not those
+    of a model of a billion weights, as there may be no room. Weights of bfloat16 on a CPU stay as they are:
+    oneDNN multiplies with them.
     """
     if model.head.weight is model.embed.weight:  # the embedding is read row by row, and stays as it is
         model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())

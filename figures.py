@@ -49,8 +49,10 @@ def read_log(name: str) -> list[dict]:
         steps = [row["step"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} is not the log.jsonl of a run of train.py: {reason(error)}") from None
-    if not any("flops" in row for row in rows) or steps != sorted(steps):
+    if not any("flops" in row for row in rows):
         raise BadInput(f"{path} holds no step of training yet")
+    if steps != sorted(steps):
+        raise BadInput(f"{path} has its steps out of order, as if two runs had written it")
     return rows
 
 

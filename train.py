@@ -7,8 +7,8 @@
 
 What is notable here:
 * A batch is a function of (seed, step), and each process takes its slice of it: any number of processes sees
-  the same tokens. With --resume a run that was killed goes on bit for bit (on a GPU but for
-  rounding), and needs no data state.
+  the same tokens. With --resume a run that was killed goes on bit for bit (on a GPU up to
+  rounding), and no state of the data is saved.
 * `budget` is the mean number of latent steps per token: the threshold τ moves so that it is met throughout.
 * FLOPs are those of the executed steps, halted tokens really absent; MFU is against a roof measured before.
 * A run leaves log.jsonl, ckpt.pt, best.pt (of the lowest validation loss) and, at its end, summary.json.
@@ -55,7 +55,7 @@ class Train(Recipe):
     save_every: int = 100  # steps between checkpoints
     keep_every: int = 0  # steps between models that are kept, as ckpt-100.pt and so on; 0: none
     log_every: int = 1  # steps between lines of log.jsonl
-    shard: bool = False  # share weights, gradients and AdamW's moments out over the processes
+    shard: bool = False  # divide weights, gradients and AdamW's moments among the processes
     tensorboard: bool = False  # write the numbers of log.jsonl for TensorBoard too, into out
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ def train(config: Train) -> dict:
     if config.tensorboard:
         optional("tensorboard", "--tensorboard")
     held = lock(out) if RANK == 0 else None  # until train returns
-    made = about() if RANK == 0 else {}  # by what: now, as the commit may be another when the run ends
+    made = about(device) if RANK == 0 else {}  # by what: now, as the commit may be another when the run ends
 
     # The model and what trains it: new, or as its last checkpoint has it.
     torch.manual_seed(config.seed)
@@ -213,7 +213,7 @@ def train(config: Train) -> dict:
         # Forward and backward, in micro-batches.
         sums = {"loss": 0.0, "ce": 0.0, "ada": 0.0}
         executed = []
-        asked = torch.zeros(BudgetController.bins)  # the reach of all tokens, counted
+        counts = torch.zeros(BudgetController.bins)  # of tokens by their reach
         first = RANK * share
         for i in range(first, first + share, micro):
             x, y = data.batch(config.seed, step, config.global_batch_size, slice(i, i + micro))
@@ -226,7 +226,7 @@ def train(config: Train) -> dict:
                 sums[name] += getattr(o, name).detach() * micro / config.global_batch_size
             executed.append(o.steps.detach())
             if controller:
-                asked = asked.to(device) + controller.count(o.reach.detach(), noise)
+                counts = counts.to(device) + controller.count(o.reach.detach(), noise)
             del o  # or its cache, the keys and values of this forward, would outlive the next one
         model.tau = tau
 
@@ -235,10 +235,10 @@ def train(config: Train) -> dict:
         sums["products"], sums["attention"] = forward_flops(model, steps)
         for k in range(1, config.max_latent + 1):
             sums[f"reached {k}"] = (steps >= k).sum()
-        sums["asked"] = asked
+        sums["counts"] = counts
         sums["stop"] = steps.new_tensor(stop.asked)
         metrics = add_up(sums, device)
-        asked = metrics.pop("asked")
+        counts = metrics.pop("counts")
         metrics["grad_norm"] = clip_gradients(model, config.grad_clip)
         check_finite(metrics, step + 1, path)
         reached = [metrics[f"reached {k}"] / step_tokens for k in range(1, config.max_latent + 1)]
@@ -250,7 +250,7 @@ def train(config: Train) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if controller:
-            model.tau = controller.update(asked, budget_at(config, step, at.start) * step_tokens)
+            model.tau = controller.update(counts, budget_at(config, step, at.start) * step_tokens)
             at.threshold = controller.state
         took = time.perf_counter() - began
         at.step = step + 1
@@ -294,9 +294,10 @@ def main() -> None:
     with ends_with_the_others():
         config = configure(Train, default=TINY)
         check_typed(unread(config))
-        size = f"less than --micro_batch_size={config.micro_batch_size} (0: all that fall to a process)"
-        ways = f"{size}, --checkpointing or, on several GPUs, --shard takes less and changes no number, also"
-        with enough_memory(f"{ways} with --resume (but mor's balancing loss); else a smaller model"):
+        size = config.micro_batch_size or config.global_batch_size // WORLD
+        with enough_memory(f"less than --micro_batch_size={size}, --checkpointing or, on several GPUs, "
+                           "--shard needs less and leaves the results as they are (but for mor's balancing "
+                           "loss), also with --resume; else take a smaller model"):
             train(config)
     if dist.is_initialized():  # not in train: DDP must be gone first, or its end waits for gloo's thread
         dist.destroy_process_group()
