@@ -68,6 +68,15 @@ def reason(error: BaseException) -> str:
     return textwrap.shorten(text, 160, placeholder=" …") or type(error).__name__
 
 
+def misfit(error: BaseException) -> str:
+    """What is wrong with what a file of JSON holds, as part of a line."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    if isinstance(error, (AttributeError, LookupError, TypeError)):
+        return f"a part of it is of another kind than it should be ({reason(error)})"
+    return reason(error)
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether memory ran out: a GPU's, the system's, or PyTorch's, of which it says so in words alone."""
     words = "out of memory", "allocate memory", "not enough memory"
@@ -327,10 +336,9 @@ def _texts(value, kind) -> list[str]:
     """A value of a config file as `_parse` takes it: as it is typed behind --name=, but with the brackets or
     the quotes that a field of this kind has not.
     """
-    if isinstance(value, list) and typing.get_origin(kind) is list:
-        return [str(item) for item in value] or [""]
-    takes_text = typing.get_origin(kind) is list or str in (kind, *typing.get_args(kind))
-    return [value if isinstance(value, str) and takes_text else repr(value)]
+    items = value if isinstance(value, list) and typing.get_origin(kind) is list else [value]
+    takes_text = str in (kind, *typing.get_args(kind))
+    return [item if isinstance(item, str) and takes_text else repr(item) for item in items] or [""]
 
 
 def typed(argv: list[str] | None = None) -> set[str]:
@@ -393,8 +401,11 @@ def _parse(texts: list[str], kind, key: str, where: str):
         value = {"true": True, "false": False}[texts[0].lower()] if kinds[0] is bool else kinds[0](texts[0])
     except (ValueError, KeyError):
         raise BadInput(f"{where} is {' '.join(texts)!r}, but must be {wanted}") from None
-    if kinds[0] is str and value.startswith("~/") and key not in ("prompt", "separator"):
-        value = os.path.expanduser(value)  # no shell does so behind a =
+    if kinds[0] is str and key not in ("prompt", "separator"):
+        if "\0" in value:
+            raise BadInput(f"{where} is {value!r}, but no name holds a zero byte")
+        if value.startswith("~/"):
+            value = os.path.expanduser(value)  # no shell does so behind a =
     check_range(key, value, where)
     return value
 

@@ -28,8 +28,9 @@ from torch import Tensor
 from baselines import build
 from common import (BadInput, check_no_run, configure, load_checkpoint, optional, read_json, reason,
                     run, save_checkpoint, unusable)
+from configurator import misfit
 from model import Config, LLaMA
-from tokenizer import END, from_json, to_json
+from tokenizer import END, from_json, in_front, to_json
 
 SHARD = 5 * 10**9  # bytes of a file of weights, at most
 KINDS = {  # of config.json: what a field may be
@@ -46,6 +47,8 @@ NAMES = {  # ours → Hugging Face's, part by part
     "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj",
     "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm",
     "w1": "mlp.gate_proj", "w2": "mlp.down_proj", "w3": "mlp.up_proj"}
+QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+                 r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -97,9 +100,8 @@ def read_config(folder: Path, block_size: int | None) -> tuple[Config, int | Non
         if window and window < config.block_size:
             raise ValueError(f"a sliding window of {window} tokens is not supported; with "
                              f"--block_size={window} or less it would see the whole context")
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"{error} is missing" if isinstance(error, KeyError) else reason(error)
-        raise BadInput(f"{path} cannot be used: {what}") from None
+    except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} cannot be used: {misfit(error)}") from None
     end = given.get("eos_token_id")
     return config, end[0] if isinstance(end, list) and end else end
 
@@ -156,8 +158,8 @@ def open_weights(folder: Path) -> dict:
         if index.exists():
             listed = read_json(index)["weight_map"]
             files = [folder / name for name in sorted({*listed.values()})]
-    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{index} cannot be used: {reason(error)}") from None
+    except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BadInput(f"{index} cannot be used: {misfit(error)}") from None
     where = {}
     for file in files:
         if not file.is_file():
@@ -208,6 +210,8 @@ def import_model(config: HF) -> None:
     if not (source / "tokenizer.json").is_file():
         raise BadInput(f"{source} holds no tokenizer.json; want byte-level BPE, and not SentencePiece")
     tokenizer = from_json(source / "tokenizer.json", end)
+    first = " ".join(in_front(source / "tokenizer.json"))
+    note = f"\nin transformers a text begins with {first}, which nothing puts there here" if first else ""
     if tokenizer.n_vocab > shape.vocab_size:
         raise BadInput(f"{source}/tokenizer.json has {tokenizer.n_vocab} tokens, more than vocab_size "
                        f"{shape.vocab_size} of config.json")
@@ -224,7 +228,7 @@ def import_model(config: HF) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{target}/ckpt.pt: vanilla, {parameters / 1e6:.1f}M parameters, {shape.n_layer} layers of width "
           f"{shape.n_embd}, context {shape.block_size}; tokenizer {tokenizer.name}, {tokenizer.n_vocab} "
-          f"tokens, of which {tokenizer.eot_token} ends a text\n"
+          f"tokens, of which {tokenizer.eot_token} ends a text{note}\n"
           f"next: python sample.py {shlex.quote(str(target))} \"The capital of France is\"")
 
 
@@ -241,6 +245,7 @@ def describe_model(model: LLaMA, end: int, tied: bool) -> dict:
     if c.rope_scaling:
         scaling = {"rope_type": "linear" if len(c.rope_scaling) == 1 else "llama3"}
         scaling |= dict(zip(LLAMA3, c.rope_scaling))
+        scaling |= {name: int(length) for name, length in scaling.items() if name == LLAMA3[-1]}
     return {
         "architectures": [f"{name}ForCausalLM"], "model_type": kind, "vocab_size": c.vocab_size,
         "hidden_size": c.n_embd, "intermediate_size": c.n_ff, "num_hidden_layers": c.n_layer,
@@ -325,6 +330,9 @@ def export_model(config: HF) -> None:
     except OSError as error:
         raise BadInput(f"{target} cannot be written: {reason(error)}") from None
     print(f"{target}: {about['architectures'][0]} in float32; AutoModelForCausalLM and AutoTokenizer load it")
+    own = tokenizer._pat_str == QWEN2_PATTERN and getattr(tokenizer, "nfc", False)
+    if about["model_type"] == "qwen2" and not own:  # whatever tokenizer.json and its class say
+        print("but AutoTokenizer of transformers 5 cuts text as Qwen2 does: take PreTrainedTokenizerFast")
 
 
 def main() -> None:

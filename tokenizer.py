@@ -20,6 +20,7 @@ import numpy as np
 import tiktoken
 
 from common import BadInput, load_checkpoint, read_json, reason
+from configurator import misfit
 
 END = "<|endoftext|>"  # ends every document
 # GPT-2's pattern, which a file of ranks gets, since it carries none of its own
@@ -176,8 +177,25 @@ def from_json(path: Path, end: int | None) -> tiktoken.Encoding:
         spec = read_json(path)
         return _from_spec(spec, path.resolve().parent.name, end)
     except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else reason(error)
-        raise BadInput(f"{path} cannot be used: {what}") from None
+        raise BadInput(f"{path} cannot be used: {misfit(error)}") from None
+
+
+def in_front(path: Path) -> list[str]:
+    """The special tokens that a tokenizer.json puts in front of a text, which `from_json` leaves away.
+
+    Raises BadInput.
+    """
+    found = []
+    try:
+        last = read_json(path).get("post_processor") or {}
+        for processor in last.get("processors", [last]):
+            for step in processor.get("single", []):
+                if "SpecialToken" not in step:
+                    break
+                found.append(str(step["SpecialToken"]["id"]))
+    except (OSError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} cannot be used: {misfit(error)}") from None
+    return found
 
 
 def _from_spec(spec: dict, name: str, end: int | None) -> tiktoken.Encoding:

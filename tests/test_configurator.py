@@ -245,6 +245,8 @@ def test_a_bare_argument_that_is_no_file_is_no_config_file(tmp_path):
     ("run = None", ["line 1", "run must be one text"]), ("run = ['a']", ["line 1", "run must be one text"]),
     ("names = {'a': 1}", ["line 1", "names must be a plain"]), ("run = b'a'", ["run must be a plain"]),
     ("steps = [1]", ["steps is '[1]'", "whole number"]), ("tau = '0.5'", ["tau", "'0.5'", "a number"]),
+    ("num_fewshot = ['1']", ["num_fewshot", "whole number"]), ("num_fewshot = ''", ["num_fewshot"]),
+    ("run = 'a\\0b'", ["line 1", "run", "zero byte"]), ("names = ['\\0']", ["line 1", "names", "zero byte"]),
 ])
 def test_wrong_config_files(source, words, tmp_path):
     (tmp_path / "a.py").write_text(source.replace("{made}", str(tmp_path / "made")))

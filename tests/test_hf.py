@@ -12,7 +12,8 @@ import torch
 import hf
 from common import load_checkpoint, save_checkpoint
 from conftest import said, text, uneven
-from tokenizer import END, describe, get_tokenizer, to_json
+from documents import encode
+from tokenizer import END, GPT2_PATTERN, describe, get_tokenizer, make_tokenizer, to_json
 
 transformers = pytest.importorskip("transformers")
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -71,7 +72,9 @@ def test_a_model_comes_in_goes_out_and_comes_in(name, tmp_path, call, monkeypatc
     call("hf", "export", tmp_path / "run", tmp_path / "back")
     assert (tmp_path / "back" / "model.safetensors.index.json").exists() == (name == "llama")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    scaling = json.loads((tmp_path / "back" / "config.json").read_text())["rope_scaling"] or {}
     assert back.dtype == torch.float32
+    assert type(scaling.get(hf.LLAMA3[-1])) is (int if name == "llama3" else type(None))
     torch.testing.assert_close(back(text()).logits, want, atol=1e-4, rtol=1e-4)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "back")
     assert theirs("def é\n").input_ids == tokenizer.encode_ordinary("def é\n") and theirs.eos_token == END
@@ -125,6 +128,37 @@ def test_a_model_that_never_thinks_goes_out_without_its_router(tmp_path, call):
     call("hf", "export", tmp_path, tmp_path / "hf")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     torch.testing.assert_close(back(text()).logits, model(text()).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_stands_in_front_of_a_text_is_spoken_of(smollm, tmp_path, call):
+    """As <|begin_of_text|> of Llama 3, behind a step that adds none."""
+    folder = tmp_path / "hf"
+    shutil.copytree(smollm, folder)
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    single = [{"SpecialToken": {"id": END, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    processors = [{"type": "ByteLevel"}, {"type": "TemplateProcessing", "single": single}]
+    for kind, last in (("plain", None), ("bos", {"type": "Sequence", "processors": processors})):
+        (folder / "tokenizer.json").write_text(json.dumps(spec | {"post_processor": last}), encoding="utf-8")
+        out, _ = call("hf", "import", folder, tmp_path / kind)
+        assert (f"a text begins with {END}" in out) == (kind == "bos")
+
+
+def test_where_autotokenizer_takes_another_tokenizer_that_is_said(tmp_path, call):
+    """That of Qwen2, for every model of its type."""
+    ranks = {bytes([i]): i for i in range(256)} | {b"12": 256}
+    tokenizer = make_tokenizer("mine", GPT2_PATTERN, ranks)
+    model = uneven("vanilla", vocab_size=258, qkv_bias=True)
+    save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer)
+    out, _ = call("hf", "export", tmp_path, tmp_path / "hf")
+    assert "PreTrainedTokenizerFast" in out
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")
+    assert theirs("a 12 é").input_ids == tokenizer.encode_ordinary("a 12 é")
+    save_checkpoint(tmp_path / "own.pt", model, make_tokenizer("own", hf.QWEN2_PATTERN, ranks, nfc=True))
+    out, _ = call("hf", "export", tmp_path / "own.pt", tmp_path / "own")
+    assert "PreTrainedTokenizerFast" not in out
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "own")
+    text = "it's 12 cafe\u0301\n\n  x"
+    assert theirs(text).input_ids == encode(load_checkpoint(tmp_path / "own.pt")[1], [text])[0]
 
 
 def test_an_imported_model_speaks(smollm, tmp_path, call):
@@ -216,6 +250,10 @@ NORM = "model.norm.weight"
     (cut("model.safetensors", 0), ["damaged"]),
     (shard, ["model-00002-of-00002.safetensors does not exist"]),
     (write("model.safetensors.index.json", "{}"), ["index.json"]),
+    (write("model.safetensors.index.json", "{}"), ["index.json cannot be used: 'weight_map' is missing"]),
+    (write("model.safetensors.index.json", '{"weight_map": {"a": 1, "b": "c"}}'), ["index.json", "a part"]),
+    (write("config.json", "[]"), ["config.json", "another kind"]),
+    (write("tokenizer.json", "[]"), ["tokenizer.json", "another kind"]),
     (weights(lambda t: t.update({NORM: torch.ones(31)})), [NORM, "[31]", "[32]"]),
     (weights(lambda t: t.update({NORM: torch.ones(32).int()})), [NORM, "int32"]),
     (weights(lambda t: t.update({NORM: torch.full((32,), math.nan)})), [f"{NORM} is not finite"]),
