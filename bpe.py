@@ -16,6 +16,7 @@ from tokenizer import alphabet
 
 MOST = 2**28  # characters that are read
 EACH = 2**20  # of each document
+LONG = r"\S{1000}|\s{1000}"  # what is cut before it is learnt from: the time grows as the square of a word
 
 
 def train_bpe(files: list[Path], config, pattern: str) -> dict[bytes, int]:
@@ -30,7 +31,8 @@ def train_bpe(files: list[Path], config, pattern: str) -> dict[bytes, int]:
     words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
     as_letters = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    learner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([words, as_letters])
+    long = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LONG), "isolated")
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([long, words, as_letters])
     letters = {letter: byte for byte, letter in enumerate(alphabet())}
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=int(size) - 1, initial_alphabet=list(letters),
                                              show_progress=False)

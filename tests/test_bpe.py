@@ -3,6 +3,7 @@
 import hashlib
 import sys
 
+import numpy as np
 import pytest
 
 from documents import validates
@@ -47,6 +48,15 @@ def test_fewer_tokens_than_were_wanted_are_spoken_of(tmp_path, capsys):
     assert data_of(folder, 300).tokenizer.n_vocab == 300 and "only" not in capsys.readouterr().err
     found = data_of(folder, 5000).tokenizer.n_vocab
     assert found < 5000 and f"bpe:5000 has only {found} tokens" in capsys.readouterr().err
+
+
+def test_a_word_without_end_is_learnt_from_in_pieces(tmp_path):
+    """A base64 text, or a gene: learning from it whole would take the square of its length."""
+    folder = write(tmp_path / "texts", [*TEXTS, "ab" * 20_000])
+    data = data_of(folder, 400)
+    tokens = [data.tokenizer.decode_single_token_bytes(token) for token in range(399)]
+    assert 16 < max(map(len, tokens)) <= 1000
+    assert "ab" * 20_000 in data.tokenizer.decode(np.concatenate([*data.tokens.values()]).tolist())
 
 
 def test_the_same_text_gives_the_same_ranks(tmp_path, capsys):
