@@ -176,6 +176,9 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
         if config.task:  # whose documents stay whole
             raise BadInput(f"--val_fraction={config.val_fraction} leaves training or validation no document")
         cut_tail(folder, counts, config.val_fraction, tokenizer)
+    elif counts["val"]["tokens"] > counts["train"]["tokens"] and config.val_fraction < 0.5:
+        print("prepare.py: more than half of the text has become validation text, as it lies in so few "
+              "documents: cut it into more, by --separator or as files", file=sys.stderr)
     for path, note in list(writer.notes.items())[:20]:
         print(f"prepare.py: {path} {note}", file=sys.stderr)
     return {"dtype": writer.dtype.name, "content": writer.content.hexdigest(), **counts}

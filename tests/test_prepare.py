@@ -20,6 +20,7 @@ import torch
 
 import prepare
 from common import BadInput
+from documents import validates
 from prepare import Data, Prepare
 from tokenizer import END, get_tokenizer, make_tokenizer, ranks_from_text, ranks_to_text, restore_tokenizer
 
@@ -161,6 +162,16 @@ def test_a_few_documents_on_one_side_are_cut_too(side, tmp_path):
     assert meta["train"]["documents"] + meta["val"]["documents"] == 4
     tokens = meta["train"]["tokens"] + meta["val"]["tokens"]
     assert meta["val"]["tokens"] == pytest.approx(fraction * tokens, abs=1)
+
+
+def test_a_document_that_makes_most_of_the_text_validation_text_is_spoken_of(tmp_path, capsys):
+    texts = [f"{i} " * 900 for i in range(200)]
+    large = next(text for text in texts if validates(hashlib.sha256(text.encode()).digest(), 0.05))
+    for name, most in (("a", 1), ("b", 100)):  # of the others, as many letters in all as `most` texts have
+        rest = [text[: len(text) // 20] for text in texts[: 20 * most]]
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [large, *rest])
+        prepare.prepare(Prepare([path], out=str(tmp_path), name=name, val_fraction=0.05))
+        assert ("more than half of the text" in capsys.readouterr().err) == (name == "a")
 
 
 def test_what_is_not_text_is_skipped_counted_and_named(tmp_path, call):
