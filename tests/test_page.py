@@ -268,7 +268,8 @@ def test_the_keyboard_goes_along_the_text(opened):
     assert page.locator("#lens .step").count() == 0 and page.locator(".chosen").count() == 0
 
 
-@pytest.mark.parametrize("width,scheme", [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+@pytest.mark.parametrize("width,scheme", [
+    (1280, "light"), (1280, "dark"), (390, "light"), (390, "dark"), (320, "light")])
 def test_it_fits_a_screen_light_and_dark(width, scheme, opened):
     """Nothing sticks out, and the lens hides neither itself nor the token that it is about."""
     page, _ = opened(make(block_size=512), TEXT * 9, width=width, scheme=scheme, anchor="#400")
