@@ -23,6 +23,11 @@ from model import CHUNK, AdaptiveLatentCoT, Config, LLaMA
 COMPILED_CHUNK = 2**31  # logits at once where the loss is compiled (fast.py), which copies none in fp32
 
 
+def matrices(module: nn.Module) -> int:
+    """Elements of all its matrices."""
+    return sum(p.numel() for p in module.parameters() if p.dim() == 2)
+
+
 def forward_flops(model: LLaMA, steps: Tensor, live: Tensor | None = None,
                   fed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Of the states that `steps` (B, T) says were executed: FLOPs of matrix products, and of attention.
@@ -32,7 +37,7 @@ def forward_flops(model: LLaMA, steps: Tensor, live: Tensor | None = None,
     live = torch.ones_like(steps, dtype=torch.bool) if live is None else live
     fed = live if fed is None else fed & live
     block = model.blocks[0]
-    weights = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    weights = matrices(block)
     products = 2 * model.head.weight.numel() * fed.sum().double() + model.further_products(steps, fed)
     attention = torch.zeros_like(products)
     for queries, keys, layers in model.passes(steps, live, fed):
@@ -157,7 +162,7 @@ def costs(model: LLaMA, steps: Tensor) -> dict[str, float]:
         model.rounds = rounds
         drawn.append(torch.stack(forward_flops(model, steps)))
     products, attention = (torch.stack(drawn).mean(0) / steps.numel()).tolist()
-    blocks = sum(p.numel() for p in model.blocks.parameters() if p.dim() == 2)
+    blocks = matrices(model.blocks)
     everywhere = torch.ones_like(steps, dtype=torch.bool)
     outside = float(model.further_products(steps, everywhere)) / steps.numel()  # blocks and the last head
     passes = ((products - outside) / 2 - model.head.weight.numel()) / blocks
@@ -170,7 +175,7 @@ def bytes_read(model: LLaMA, steps: Tensor) -> float:
     live = torch.ones_like(steps, dtype=torch.bool)
     last = torch.arange(steps.size(1)) == steps.size(1) - 1
     block = model.blocks[0]
-    weights = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    weights = matrices(block)
     read = model.head.weight.numel() + float(model.further_products(steps, live & last)) / 2
     for queries, keys, layers in model.passes(steps, live, live & last):
         if queries.any():
