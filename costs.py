@@ -210,7 +210,7 @@ def memory(model: LLaMA, batch: int, world: int, checkpointing: bool, low: bool 
     if config.exit_loss and whole:
         outside += 4 * states * V
     if masks:
-        outside += 4 * n * config.block_size * (K + 1) * (K + 2) // 2
+        outside += c * n * config.block_size * (K + 1) * (K + 2) // 2
     logits = head * c * whole
     works = 3 * c * block + 4 * block * (1 + 1 / world)  # gathered, the next, gradient; its reduction in fp32
     works += 4 * V * d + logits + c * n * (3 * f + 2 * d)  # gradients of the head and inside a block

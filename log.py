@@ -19,8 +19,8 @@ or more, S seats of the log, H heads, G heads of keys and values, hd width of a 
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -158,6 +158,24 @@ class Entries:
         return self.held[:, : seats.stop]
 
 
+class Unchanged:
+    """A context in which a log's entries may change; then they are as before. So they keep nothing of a
+    block that a backward pass repeats, whose graph would live on with it.
+    """
+
+    def __init__(self, entries: dict[str, Entries]) -> None:
+        self.entries = entries
+        self.held = {}
+
+    def __enter__(self) -> None:
+        self.held = {name: entries.held for name, entries in self.entries.items()}
+
+    def __exit__(self, *error) -> None:
+        for name, tensor in self.held.items():
+            self.entries[name].held = tensor
+        self.held = {}
+
+
 class Log:
     """The addresses, and the keys and values of every layer, of the states of all passes so far.
 
@@ -185,19 +203,8 @@ class Log:
         return seats
 
     def recomputed(self) -> tuple:
-        """For `checkpoint`, whose backward pass repeats blocks: the log keeps nothing of that, or its graph
-        would live on.
-        """
-        return nullcontext(), self.unchanged()
-
-    @contextmanager
-    def unchanged(self) -> Iterator[None]:
-        held = {name: entries.held for name, entries in self.entries.items()}
-        try:
-            yield
-        finally:  # a recomputation may end early
-            for name, tensor in held.items():
-                self.entries[name].held = tensor
+        """For `checkpoint`: contexts of a forward, and of its repetition in a backward pass."""
+        return nullcontext(), Unchanged(self.entries)
 
     def capacity(self) -> int:
         return self.entries["order"].held.size(1)

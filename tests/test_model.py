@@ -323,6 +323,17 @@ def test_checkpointing_keeps_nothing_that_it_makes_again(method):
     assert len(before) > 3 and all(a is b for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpointed_forward_has_as_many_backward_passes_as_one_likes(method):
+    model = make(method).train()
+    model.checkpointing = True
+    out = model(text(), text(seed=5))
+    out.loss.backward(retain_graph=True)
+    once = [p.grad.clone() for p in model.parameters()]
+    out.loss.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], [2 * grad for grad in once])
+
+
 def test_a_loss_in_chunks_is_the_loss(monkeypatch):
     model, idx, targets = make(), text(), text(seed=2)
     targets[0, :7] = -1

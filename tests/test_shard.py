@@ -307,6 +307,7 @@ class Peak(TorchDispatchMode):
     (False, False, dict(n_embd=64, n_ff=64, max_latent=6)),
     (True, False, dict(n_embd=64, n_ff=64, max_latent=6)),
     (False, True, dict(n_embd=64, n_ff=172)),
+    (False, True, dict(n_embd=64, n_ff=172, block_size=512)),  # much of it masks
     (True, True, dict(n_embd=128, n_ff=344, n_kv_head=2, vocab_size=2000)),
     (False, False, dict(n_embd=64, n_ff=172, vocab_size=2000, exit_loss=1.0)),
     (False, True, dict(n_embd=64, n_ff=172, vocab_size=2000, exit_loss=1.0)),
@@ -321,7 +322,7 @@ def test_memory_is_the_formula(alone, checkpointing, low, shape):
         fuse_norms(model)
     model.checkpointing = checkpointing
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    idx, targets = torch.randint(0, 257, (2, 2, 64))
+    idx, targets = torch.randint(0, 257, (2, 2, shape["block_size"]))
 
     def forward_and_backward():
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
