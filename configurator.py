@@ -64,17 +64,14 @@ class BadInput(ValueError):
 
 def reason(error: BaseException) -> str:
     """What an exception says, as part of a line."""
-    text = getattr(error, "strerror", None) or str(error)
+    text = getattr(error, "strerror", None) or str(error) + " is missing" * isinstance(error, KeyError)
     return textwrap.shorten(text, 160, placeholder=" …") or type(error).__name__
 
 
 def misfit(error: BaseException) -> str:
-    """What is wrong with what a file of JSON holds, as part of a line."""
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    if isinstance(error, (AttributeError, LookupError, TypeError)):
-        return f"a part of it is of another kind than it should be ({reason(error)})"
-    return reason(error)
+    """The same of what a file of JSON holds, where Python speaks of indices and attributes."""
+    other = isinstance(error, (AttributeError, IndexError, TypeError))
+    return f"a part of it is of another kind than it should be ({reason(error)})" if other else reason(error)
 
 
 def lacks_memory(error: BaseException) -> bool:
@@ -282,9 +279,10 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
                 if key in others and key not in kinds:
                     continue
                 _check_known(key, kinds, where)
-                if kinds[key] is str and not isinstance(value, str):
-                    raise BadInput(f"{where}: {key} must be one text, as in {key} = 'a'")
-                values[key] = _parse(_texts(value, kinds[key]), kinds[key], key, f"{where}: {key}")
+                values[key] = None
+                if value is not None or type(None) not in typing.get_args(kinds[key]):
+                    texts = _texts(value, kinds[key], f"{where}: {key}")
+                    values[key] = _parse(texts, kinds[key], key, f"{where}: {key}")
         elif free:
             key = free.pop(0)
             more = _take(words, kinds[key]) if typing.get_origin(kinds[key]) is list else []
@@ -332,13 +330,18 @@ def _read(path: str | Path) -> list[tuple]:
     return settings
 
 
-def _texts(value, kind) -> list[str]:
-    """A value of a config file as `_parse` takes it: as it is typed behind --name=, but with the brackets or
-    the quotes that a field of this kind has not.
+def _texts(value, kind, where: str) -> list[str]:
+    """A value of a config file as `_parse` takes it: as it is typed behind --name=. Brackets and quotes that
+    a field of this kind cannot have stay, so that `_parse` refuses them. Raises BadInput.
     """
-    items = value if isinstance(value, list) and typing.get_origin(kind) is list else [value]
-    takes_text = str in (kind, *typing.get_args(kind))
-    return [item if isinstance(item, str) and takes_text else repr(item) for item in items] or [""]
+    several = typing.get_origin(kind) is list
+    items = value if several and isinstance(value, list) else [value]
+    if str not in (kind, *typing.get_args(kind)):
+        return [repr(item) for item in items] or [""]
+    if not all(isinstance(item, str) for item in items):
+        example = "a list of texts, as in ['a']" if several else "one text, as in 'a'"
+        raise BadInput(f"{where} must be {example}")
+    return items or [""]
 
 
 def typed(argv: list[str] | None = None) -> set[str]:

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
-from common import BadInput, check_output, configure, optional, reason, run, whole
+from common import BadInput, check_output, configure, optional, run, whole
+from configurator import misfit
 
 KINDS = (".png", ".svg", ".pdf")
 
@@ -48,7 +49,7 @@ def read_log(name: str) -> list[dict]:
         rows = [json.loads(line) for line in lines[:-1]]  # what follows the last line break is not whole
         steps = [row["step"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path} is not the log.jsonl of a run of train.py: {reason(error)}") from None
+        raise BadInput(f"{path} is not the log.jsonl of a run of train.py: {misfit(error)}") from None
     if not any("flops" in row for row in rows):
         raise BadInput(f"{path} holds no step of training yet")
     if steps != sorted(steps):
@@ -80,7 +81,7 @@ def read_curves(name: str) -> dict[str, list[tuple[float, float]]]:
     try:
         return curves(read_log(name))
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise BadInput(f"{log_of(name)} is not the log.jsonl of a run of train.py: {reason(error)}") from None
+        raise BadInput(f"{log_of(name)} is not the log.jsonl of a run of train.py: {misfit(error)}") from None
 
 
 def draw_curves(runs: list[str]):

@@ -244,8 +244,7 @@ def describe_model(model: LLaMA, end: int, tied: bool) -> dict:
     scaling = None
     if c.rope_scaling:
         scaling = {"rope_type": "linear" if len(c.rope_scaling) == 1 else "llama3"}
-        scaling |= dict(zip(LLAMA3, c.rope_scaling))
-        scaling |= {name: int(length) for name, length in scaling.items() if name == LLAMA3[-1]}
+        scaling |= dict(zip(LLAMA3, (*c.rope_scaling[:3], *map(int, c.rope_scaling[3:]))))
     return {
         "architectures": [f"{name}ForCausalLM"], "model_type": kind, "vocab_size": c.vocab_size,
         "hidden_size": c.n_embd, "intermediate_size": c.n_ff, "num_hidden_layers": c.n_layer,

@@ -181,7 +181,7 @@ def from_json(path: Path, end: int | None) -> tiktoken.Encoding:
 
 
 def in_front(path: Path) -> list[str]:
-    """The special tokens that a tokenizer.json puts in front of a text, which `from_json` leaves away.
+    """The special tokens that a tokenizer.json puts in front of a text, which `from_json` leaves out.
 
     Raises BadInput.
     """

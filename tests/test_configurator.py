@@ -32,6 +32,7 @@ class Settings:
     tau: float = 0.1  # τ
     temperature: float | None = None  # T
     num_fewshot: list[int] = field(default_factory=list)  # several numbers
+    title: str | None = None  # none: no title
 
 
 def test_a_file_then_flags(tmp_path):
@@ -246,6 +247,8 @@ def test_a_bare_argument_that_is_no_file_is_no_config_file(tmp_path):
     ("names = {'a': 1}", ["line 1", "names must be a plain"]), ("run = b'a'", ["run must be a plain"]),
     ("steps = [1]", ["steps is '[1]'", "whole number"]), ("tau = '0.5'", ["tau", "'0.5'", "a number"]),
     ("num_fewshot = ['1']", ["num_fewshot", "whole number"]), ("num_fewshot = ''", ["num_fewshot"]),
+    ("names = None", ["names must be a list of texts"]), ("names = [['a']]", ["must be a list of texts"]),
+    ("title = ['a']", ["title must be one text"]), ("title = 5", ["title must be one text"]),
     ("run = 'a\\0b'", ["line 1", "run", "zero byte"]), ("names = ['\\0']", ["line 1", "names", "zero byte"]),
 ])
 def test_wrong_config_files(source, words, tmp_path):
@@ -344,15 +347,17 @@ def test_run_says_it_in_one_line(error, code, line, monkeypatch, capsys):
 
 
 def test_only_training_runs_in_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as another tool may have left it
+    monkeypatch.setattr(sys, "argv", ["eval.py"])
+    run(lambda: print("measures"))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(sys, "argv", ["train.py"])
     run(lambda: print("trains"))
     monkeypatch.setattr(sys, "argv", ["eval.py"])
     with pytest.raises(SystemExit) as stopped:
         run(lambda: print("measures"))
     shown = capsys.readouterr()
-    assert stopped.value.code == 2 and shown.out == "trains\n"
+    assert stopped.value.code == 2 and shown.out == "measures\ntrains\n"
     assert shown.err == "eval.py: runs in one process: start it with python in place of torchrun\n"
 
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import figures
+from common import BadInput
 from compare import Run
 from figures import curves, frontier, lines_of, loss_against_flops, read_log
 
@@ -47,6 +48,13 @@ def test_the_command_draws_any_runs(kind, magic, run, call, tmp_path):
     run = run.rename(tmp_path / "a$x_$b")  # which is no formula
     out, _ = call("compare", "plot", run, run / "log.jsonl", f"--file={file}")
     assert file.read_bytes().startswith(magic) and out == f"written: {file}\n"
+
+
+def test_a_log_that_two_runs_have_written_is_refused(run):
+    lines = (run / "log.jsonl").read_text().splitlines(True)
+    (run / "log.jsonl").write_text("".join(lines[:4] + lines[:2]))
+    with pytest.raises(BadInput, match="log.jsonl has its steps out of order"):
+        read_log(str(run))
 
 
 def test_every_run_is_drawn(run):
