@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from bpe import train_bpe
 from common import BadInput, configure, read_json, reason, run, unusable
+from configurator import misfit
 from documents import (RECORDS, Hashes, Piece, check_settings, encode, find_files, kind, read_pieces,
                        standard_library, validates)
 from tokenizer import (END, GPT2_PATTERN, describe, dtype_of, get_tokenizer, make_tokenizer, ranks_to_text,
@@ -177,8 +178,9 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
             raise BadInput(f"--val_fraction={config.val_fraction} leaves training or validation no document")
         cut_tail(folder, counts, config.val_fraction, tokenizer)
     elif counts["val"]["tokens"] > counts["train"]["tokens"] and config.val_fraction < 0.5:
-        print("prepare.py: more than half of the text has become validation text, as it lies in so few "
-              "documents: cut it into more, by --separator or as files", file=sys.stderr)
+        print(f"prepare.py: more than half of the text has become validation text, in spite of "
+              f"--val_fraction={config.val_fraction}, as a few long documents hold most of it: cut them into "
+              "shorter ones, or try another --val_fraction", file=sys.stderr)
     for path, note in list(writer.notes.items())[:20]:
         print(f"prepare.py: {path} {note}", file=sys.stderr)
     return {"dtype": writer.dtype.name, "content": writer.content.hexdigest(), **counts}
@@ -314,7 +316,8 @@ class Data:
                 raise ValueError(f"document is {self.document!r}, but must be a number of tokens")
         except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             what = unusable(error, "is damaged, or not a folder of prepare.py")
-            raise BadInput(f"{folder} {what} ({type(error).__name__}: {error})") from None
+            why = error if isinstance(error, OSError) else misfit(error)  # it names the file
+            raise BadInput(f"{folder} {what} ({why})") from None
         if train_tokens > len(self.tokens["train"]):
             raise BadInput(f"{folder}/train.bin has {len(self.tokens['train'])} tokens, fewer than "
                            f"--train_tokens={train_tokens}")
