@@ -50,7 +50,7 @@ def number_from(name: str, unset: int) -> int:
 RANK = number_from("RANK", 0)  # which process this is; torchrun sets all three
 LOCAL_RANK = number_from("LOCAL_RANK", 0)  # which on its machine
 WORLD = number_from("WORLD_SIZE", 1)  # how many there are
-FREE = (  # --resume may change these: but for max_steps, and mor's micro-batches, weights differ by rounding
+FREE = (  # --resume may change these: only max_steps, and mor's micro-batches, change more than rounding
     "out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "keep_every",
     "log_every", "device", "compile", "checkpointing", "tensorboard", "shard")
 
@@ -217,6 +217,7 @@ def evaluate(model: LLaMA, data: Data, config, micro: int, device: torch.device,
         sums["nats"] = sums["nats"] + o.ce.to(zero.device) * y.numel() * counts
         sums["steps"] = sums["steps"] + o.steps.sum().to(zero.device) * counts
         sums["tokens"] = sums["tokens"] + y.numel() * counts
+        del o  # or its logits and its cache would outlive the next forward
     model.train()
     sums["stop"] = zero + stop.asked
     total = add_up(sums, device)
@@ -269,7 +270,7 @@ def largest(model: LLaMA, optimizer: torch.optim.Optimizer) -> float:
         tensors += moments.values()
     own = torch.stack([local(tensor).abs().amax() for tensor in tensors if local(tensor).numel()]).amax()
     if WORLD > 1:
-        own = own.nan_to_num(nan=math.inf, posinf=math.inf)  # which of the two is larger, no backend says
+        own = own.nan_to_num(nan=math.inf, posinf=math.inf)  # backends differ on whether a NaN is the largest
         dist.all_reduce(own, dist.ReduceOp.MAX)
     return own.item()
 

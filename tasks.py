@@ -82,6 +82,7 @@ def answers(model, data, documents: int) -> list[dict]:
             out = model(some[:, :-1].to(model.embed.weight.device))
         right.append(out.logits.argmax(2).cpu() == some[:, 1:])
         steps.append(out.steps.cpu())
+        del out  # or its logits and its cache would outlive the next forward
     right, steps = torch.cat(right), torch.cat(steps)  # (documents, length - 1)
     rows, asked = [], torch.zeros_like(right)
     for h in range(1, HOPS + 1):

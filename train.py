@@ -7,8 +7,8 @@
 
 What is notable here:
 * A batch is a function of (seed, step), and each process takes its slice of it: any number of processes sees
-  the same tokens. With --resume a run that was killed goes on bit for bit (on a GPU up to
-  rounding), and no state of the data is saved.
+  the same tokens. With --resume a run that was killed goes on bit for bit (on a GPU up
+  to rounding), and no state of the data is saved.
 * `budget` is the mean number of latent steps per token: the threshold τ moves so that it is met throughout.
 * FLOPs are those of the executed steps, halted tokens really absent; MFU is against a roof measured before.
 * A run leaves log.jsonl, ckpt.pt, best.pt (of the lowest validation loss) and, at its end, summary.json.
@@ -294,10 +294,12 @@ def main() -> None:
     with ends_with_the_others():
         config = configure(Train, default=TINY)
         check_typed(unread(config))
-        size = config.micro_batch_size or config.global_batch_size // WORLD
-        with enough_memory(f"less than --micro_batch_size={size}, --checkpointing or, on several GPUs, "
-                           "--shard needs less and leaves the results as they are (but for mor's balancing "
-                           "loss), also with --resume; else take a smaller model"):
+        share = config.global_batch_size // WORLD
+        size = min(config.micro_batch_size or share, share)
+        lower = f"less than --micro_batch_size={size}, " if size > 1 else ""
+        with enough_memory(f"give {lower}--checkpointing or, on several GPUs, --shard: results differ by "
+                           "rounding only (but for mor's balancing loss), also with --resume; else take a "
+                           "smaller model"):
             train(config)
     if dist.is_initialized():  # not in train: DDP must be gone first, or its end waits for gloo's thread
         dist.destroy_process_group()
