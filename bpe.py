@@ -16,7 +16,7 @@ from tokenizer import alphabet
 
 MOST = 2**28  # characters that are read
 EACH = 2**20  # of each document
-LONG = r"\S{1000}|\s{1000}"  # what is cut before it is learnt from: the time grows as the square of a word
+LONG = r"\S{1000}|\s{1000}"  # cut before it is learnt from: the time grows as the square of a word's length
 
 
 def train_bpe(files: list[Path], config, pattern: str) -> dict[bytes, int]:

@@ -116,8 +116,8 @@ def lay_out(model, dtype=None) -> None:
 
 def pack(linear) -> None:
     """Lets a Linear of float32 on a CPU multiply several rows at once by oneDNN, with weights that it packs
-    once: in half to nine tenths of MKL's time; from a size of ALONE on a single row, too. Left as it is where
-    this PyTorch cannot.
+    once: in half to nine tenths of MKL's time; a single row, too, where both sides are ALONE or more. Left as
+    it is where this PyTorch cannot.
     """
     weight = linear.weight.detach()
     fit = weight.device.type == "cpu" and weight.dtype == torch.float32
