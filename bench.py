@@ -286,7 +286,7 @@ def bench_speed(bench: Bench) -> tuple[str, dict, str]:
     shown = table(["method", "training tok/s", "± spread", "time ratio", "FLOP ratio", "time / FLOPs", "MFU",
                    "prefill tok/s", "decode tok/s, batch 1", "of bandwidth", "batch 16",
                    "peak MiB" if device.type == "cuda" else "kept MiB"], rows)
-    shown += (f"\n\n{about(device)['machine']}, torch {torch.__version__}; "
+    shown += (f"\n\n{about(bench.device)['machine']}, torch {torch.__version__}; "
               f"{bench.batch} × {bench.block_size} tokens, medians of {bench.rounds} alternating rounds, on "
               f"CUDA of four steps; roof {roof / 1e12:.3f} TFLOP/s, copy {copy / 1e9:.1f} GB/s; adaptive is "
               "forced to a mean of latent steps; decoding starts at half the context; kept: what a forward "
@@ -354,7 +354,7 @@ def main() -> None:
     bench = configure(Bench, positional=("what",), default=TINY, also="train.py")
     check_typed(dict.fromkeys(STEERING, "train.py: adaptive is forced to --mean_latent"))
     precision(pick_device(bench.device), bench.dtype)  # its checks
-    machine = about(pick_device(bench.device))
+    machine = about(bench.device)
     check_output(Path(bench.results) / "flops.json", "--results", make=True)
     with enough_memory(f"give less than --batch={bench.batch}, or a smaller shape"):
         name, record, shown = BENCHES[bench.what](bench)

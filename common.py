@@ -85,16 +85,16 @@ def check_output(path: str | Path, flag: str, make: bool = False) -> None:
         raise BadInput(f"{flag}={path} cannot be written: {reason(error)}") from None
 
 
-def about(device) -> dict:
-    """Machine (of a CUDA device its own name, else the CPU's), versions and commit of a result."""
+def about(device: str = "") -> dict:
+    """Machine (the GPU where --device means one of CUDA's, else the CPU), versions and commit of a result."""
     import torch
     dirty = "-dirty" if git("status", "--porcelain", "--", "*.py") else ""
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
     cpu = f"{[*names, platform.processor()][0]}, {torch.get_num_threads()} threads"
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    gpu = torch.cuda.is_available() and device[:4] in ("", "cuda") and torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    return {"machine": machine, **versions, "commit": git("rev-parse", "--short", "HEAD") + dirty}
+    return {"machine": gpu or cpu, **versions, "commit": git("rev-parse", "--short", "HEAD") + dirty}
 
 
 def git(*words: str) -> str:

@@ -31,7 +31,7 @@ import torch
 import figures
 from baselines import METHODS
 from common import (BadInput, about, check_items, check_output, check_read, check_typed, configure,
-                    optional, pick_device, read_json, run, table, write_whole)
+                    optional, read_json, run, table, write_whole)
 from configurator import on_end
 from prepare import Data
 from schedule import DIVERGED, OF_ADAPTIVE, Recipe, unread
@@ -131,7 +131,7 @@ class Runs:
 
     def __init__(self, settings: Compare) -> None:
         self.settings = settings
-        self.about = about(pick_device(settings.device))  # of runs that diverge; the others say it themselves
+        self.about = about(settings.device)  # of runs that diverge; the others say it themselves
         free = ("out", "device", "compile", *(f.name for f in fields(Run)))
         self.common = {name: getattr(settings, name) for name in TRAINED if name not in free}
         shape = f"{settings.n_layer}x{settings.n_embd}-{settings.max_steps}"

@@ -270,7 +270,8 @@ def evaluate(config: Eval) -> None:
     written = []
     try:
         if config.json:
-            write_whole(config.json, json.dumps(found | about(device), indent=1, ensure_ascii=False) + "\n")
+            content = found | about(config.device)
+            write_whole(config.json, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
             written.append(config.json)
         if config.plot:
             figures.save(draw(found, title), config.plot)

@@ -101,8 +101,7 @@ def main() -> None:
         check_output(config.json, "--json")
     if config.plot:
         figures.check_figure(config.plot, "--plot")
-    device = pick_device(config.device)
-    model, tokenizer, _ = load_checkpoint(config.run, device)
+    model, tokenizer, _ = load_checkpoint(config.run, pick_device(config.device))
     data = Data(config.data, 1)
     if data.document == 1:  # nor do documents of an older task say how long they are
         raise BadInput(f"--data={config.data} is not of prepare.py --task=hops, or of an older one")
@@ -118,7 +117,7 @@ def main() -> None:
               f"{row['steps']:.2f}"] for row in rows]
     try:
         if config.json:
-            content = {"settings": asdict(config), **about(device), "rows": rows}
+            content = {"settings": asdict(config), **about(config.device), "rows": rows}
             write_whole(config.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
         if config.plot:
             figures.save(figures.steps_against_hops(rows), config.plot)

@@ -95,7 +95,7 @@ def train(config: Train) -> dict:
     if config.tensorboard:
         optional("tensorboard", "--tensorboard")
     held = lock(out) if RANK == 0 else None  # until train returns
-    made = about(device) if RANK == 0 else {}  # by what: now, as the commit may be another when the run ends
+    made = about(config.device) if RANK == 0 else {}  # now, as the commit may be another when the run ends
 
     # The model and what trains it: new, or as its last checkpoint has it.
     torch.manual_seed(config.seed)

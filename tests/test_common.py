@@ -26,10 +26,15 @@ def test_an_optional_package_is_asked_for():
 
 
 def test_a_result_says_what_made_it(monkeypatch):
-    found = about(torch.device("cpu"))
+    found = about()
     assert found["machine"] and found["torch"] == torch.__version__ and found["python"] and "commit" in found
     monkeypatch.setenv("PATH", "")  # no git
-    assert about(torch.device("cpu"))["commit"] == ""
+    assert about()["commit"] == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    for device in ("", "cuda", "cuda:1"):
+        assert about(device)["machine"] == "a GPU"
+    assert about("cpu")["machine"] == found["machine"], "that of the CPU, where it is asked for"
 
 
 def test_a_table_is_aligned():
