@@ -3,6 +3,7 @@
 import copy
 import itertools
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -145,6 +146,10 @@ def test_a_packed_product_is_that_of_one_row_and_of_many():
             with torch.no_grad():
                 x = torch.randn(shape)
                 torch.testing.assert_close(linear(x), plain(x))
+        by_plain = []
+        linear.forward = partial(linear.forward.func, lambda x: by_plain.append(x) or plain(x))
+        linear(torch.randn(1, wide))
+        assert bool(by_plain) == (min(wide, high) < fast.ALONE), "a single row of a small one goes to MKL"
 
 
 def test_buffers_are_idle_once_a_log_has_left_all_of_them():
