@@ -9,6 +9,7 @@ What is notable here:
 import difflib
 import itertools
 import logging
+import os
 import random
 import zlib
 from collections import Counter, defaultdict
@@ -24,6 +25,7 @@ from page import bytes_of
 from score import Tally, score, windows
 
 optional("lm_eval", "--tasks")
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # of lm-eval: what is forked beside threads may wait for ever
 try:
     from lm_eval import evaluate
     from lm_eval.api.model import LM

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import subprocess
@@ -21,6 +22,8 @@ from test_eval import BYTES, END, SAYING
 from test_score import make, plain
 
 pytest.importorskip("lm_eval")
+from lm_eval.api.metrics import bootstrap_stderr, mean
+
 from harness import Harness, find_tasks
 
 ROOT = Path(__file__).parent.parent
@@ -286,6 +289,12 @@ def command(folder, *words):
 
 def lines_of(name):
     return [json.loads(line) for line in (ROOT / "tests" / "tasks" / name).read_text().splitlines()]
+
+
+def test_standard_errors_are_found_without_another_process(monkeypatch):
+    """One that is forked beside PyTorch's threads may wait for ever for a lock that none of its own holds."""
+    monkeypatch.setattr(multiprocessing, "Pool", None)
+    assert bootstrap_stderr(mean, [1.0, 2.0, 4.0], 10) > 0
 
 
 def test_tasks_end_to_end_with_and_without_examples(folder):
