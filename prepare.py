@@ -178,7 +178,7 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
             raise BadInput(f"--val_fraction={config.val_fraction} leaves training or validation no document")
         cut_tail(folder, counts, config.val_fraction, tokenizer)
     elif counts["val"]["tokens"] > counts["train"]["tokens"] and config.val_fraction < 0.5:
-        print(f"prepare.py: more than half of the text has become validation text, in spite of "
+        print("prepare.py: more than half of the text has become validation text, in spite of "
               f"--val_fraction={config.val_fraction}, as a few long documents hold most of it: cut them into "
               "shorter ones, or try another --val_fraction", file=sys.stderr)
     for path, note in list(writer.notes.items())[:20]:

@@ -144,6 +144,12 @@ def failure(error: Exception) -> str:
 # ----------------------------------------------------------------------------------- numbers of all processes
 
 
+def shares(config) -> tuple[int, int]:
+    """Sequences of a process in one optimizer step, and in one forward."""
+    share = config.global_batch_size // WORLD
+    return share, min(config.micro_batch_size or share, share)
+
+
 def distribute(model: LLaMA, device: torch.device, config) -> LLaMA | DistributedDataParallel:
     """Moves a model to the device and joins the other processes, where there are any: gradients are averaged
     over them, and with config.shard weights, gradients and moments are shared out.
@@ -383,10 +389,10 @@ def check_new(config, data: Data) -> None:
         raise BadInput(f"vocab_size is {config.vocab_size}, but the tokenizer of {config.data} has "
                        f"{vocabulary} tokens")
     data.windows(config.eval_windows, slice(0, 1))  # refuses more than there are
-    share = config.global_batch_size // WORLD
+    share, micro = shares(config)
     if config.global_batch_size % WORLD:
         raise BadInput(f"global_batch_size {config.global_batch_size} does not divide by {WORLD} processes")
-    if share % min(config.micro_batch_size or share, share):
+    if share % micro:
         raise BadInput(f"the {share} sequences of a process (global_batch_size {config.global_batch_size} / "
                        f"{WORLD}) do not divide into micro_batch_size {config.micro_batch_size}")
     out = Path(config.out)

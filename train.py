@@ -41,7 +41,7 @@ from model import Config
 from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
-                  log_state, restore, say, say_stopped, waiting, write_log)
+                  log_state, restore, say, say_stopped, shares, waiting, write_log)
 from schedule import (OF_ADAPTIVE, ROUTED, BudgetController, Recipe, budget_at, exploration, is_adaptive,
                       learning_rate, make_optimizer, router_rate, seed_of, unread)
 from shard import save_shared
@@ -86,8 +86,7 @@ def train(config: Train) -> dict:
         check_source(config, tokenizer, data)
         config = take_shape(config, replace(source.config, embed_scale=source.scale))
         say_unused(asked, config)
-    share = config.global_batch_size // WORLD  # sequences of a process in one step
-    micro = min(config.micro_batch_size or share, share)  # and in one forward
+    share, micro = shares(config)
     step_tokens = config.global_batch_size * config.block_size
     out = Path(config.out)
     path = out / "ckpt.pt"
@@ -294,9 +293,8 @@ def main() -> None:
     with ends_with_the_others():
         config = configure(Train, default=TINY)
         check_typed(unread(config))
-        share = config.global_batch_size // WORLD
-        size = min(config.micro_batch_size or share, share)
-        lower = f"less than --micro_batch_size={size}, " if size > 1 else ""
+        _, micro = shares(config)
+        lower = f"less than --micro_batch_size={micro}, " if micro > 1 else ""
         with enough_memory(f"give {lower}--checkpointing or, on several GPUs, --shard: results differ by "
                            "rounding only (but for mor's balancing loss), also with --resume; else take a "
                            "smaller model"):
