@@ -42,7 +42,7 @@ def kind(path: Path) -> str:
 
 
 def find_files(inputs: list[str]) -> list[Path]:
-    """The files behind the inputs, folders searched for all that we read, sorted.
+    """The files behind the inputs, folders searched for all that we read, but hidden ones, sorted.
 
     Raises BadInput for what is not there.
     """
@@ -63,7 +63,7 @@ def find_files(inputs: list[str]) -> list[Path]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """All files below a folder, each folder once, also one that a link leads to."""
+    """All files below a folder, each folder once, also one that a link leads to; none that is hidden."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -71,8 +71,8 @@ def _walk(root: Path) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
-        yield from (Path(folder, name) for name in names)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def check_settings(files: list[Path], key: str, separator: str) -> None:
