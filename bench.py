@@ -37,7 +37,7 @@ from costs import (bytes_read, costs, counted, fitting, forward_flops, going_on,
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
 from log import Cache
 from model import AdaptiveLatentCoT, Config
-from schedule import STEERING
+from schedule import ADAPTIVE, STEERING
 
 
 @dataclass
@@ -88,7 +88,7 @@ def bench_flops(bench: Bench) -> tuple[str, dict, str]:
                 raise BadInput(f"{name} is not read here, but that of --checkpoint={bench.checkpoint}")
         model, _, checkpoint = load_checkpoint(bench.checkpoint)
         reached = checkpoint.get("result", {}).get("val_steps")
-        if model.config.method != "adaptive" or reached is None:
+        if not isinstance(model, AdaptiveLatentCoT) or reached is None:
             raise BadInput(f"{bench.checkpoint} is no adaptive model that was evaluated while it was trained")
         bench = replace(bench, mean_latent=reached, **asdict(model.config))
     B, T = bench.batch, bench.block_size
@@ -250,12 +250,12 @@ def bench_speed(bench: Bench) -> tuple[str, dict, str]:
     contestants: dict[str, Contestant] = {}
     for name in bench.methods:
         means = {0.0}
-        if name == "adaptive":
+        if name in ADAPTIVE:
             means = {m for m in (0, 0.5, 1, 1.5, 2, 3) if m <= bench.max_latent} | {bench.mean_latent}
         twin = None
         for mean_latent in sorted(means):
             twin = Contestant(bench, bench.config_of(name), mean_latent, bench.batch, twin)
-            contestants[f"adaptive, {mean_latent:g} steps" if name == "adaptive" else name] = twin
+            contestants[f"{name}, {mean_latent:g} steps" if name in ADAPTIVE else name] = twin
     device = pick_device(bench.device)
     roof, copy = 0.0, 0.0
     for _ in alternate(list(contestants.values()), bench.rounds, measure_speed):

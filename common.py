@@ -100,8 +100,8 @@ def about(device: str = "") -> dict:
 def git(*words: str) -> str:
     """What a git command prints about this folder; empty where there is no git."""
     try:
-        words = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        folder = str(Path(__file__).parent)
+        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
 
@@ -195,9 +195,10 @@ def check_no_run(folder: Path, advice: str) -> None:
 
 def turn(model, run: str, tau: float | None, max_latent: int | None) -> None:
     """Sets τ and ℓ_max of a loaded model, where they are given. Raises BadInput where they turn nothing."""
+    from schedule import is_adaptive
     config = model.config
     thinks = config.method != "vanilla" and config.max_latent > 0
-    if tau is not None and not (thinks and config.method == "adaptive"):
+    if tau is not None and not is_adaptive(config):
         raise BadInput(f"--tau={tau:g} turns nothing: {run} holds a model of method {config.method} with at "
                        f"most {config.max_latent} latent steps, which no threshold ends")
     if max_latent is not None and not thinks:

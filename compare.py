@@ -34,7 +34,7 @@ from common import (BadInput, about, check_items, check_output, check_read, chec
                     optional, read_json, run, table, write_whole)
 from configurator import on_end
 from prepare import Data
-from schedule import DIVERGED, OF_ADAPTIVE, Recipe, unread
+from schedule import ADAPTIVE, DIVERGED, OF_ADAPTIVE, Recipe, unread
 
 TRAIN = Path(__file__).with_name("train.py")
 NO_THOUGHTS = "no thoughts"  # a control: adaptive's embedding scale, but never a latent step
@@ -43,7 +43,7 @@ KINDS = (*METHODS, NO_THOUGHTS, ALL_STEPS)
 TRAINED = [f.name for f in fields(Recipe)]  # what train.py is told
 PARTS = {"rates": "rates rate_steps", "tokens": "seeds", "flops": "seeds", "lengths": "seeds lengths",
          "pareto": "seeds budgets ks depths"}  # the tables, and the settings that not all of them read
-READERS = {"adaptive": " ".join(OF_ADAPTIVE), ALL_STEPS: "exit_loss weigh_values"}
+READERS = dict.fromkeys(ADAPTIVE, " ".join(OF_ADAPTIVE)) | {ALL_STEPS: "exit_loss weigh_values"}
 HEAD = "run|tokens|training FLOPs|steps, training|steps, validation|validation loss|bits per byte".split("|")
 FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": ".2f", "val_loss": ".4f",
            "bits_per_byte": ".4f"}
@@ -76,7 +76,7 @@ class Compare(Recipe):
         tried = {"learning_rate": "a comparison without rates in --parts: these are all of --rates"}
         idle = {} if "pareto" in self.parts else unread(self)  # whose budgets are --budgets
         check_typed(idle | tried if "rates" in self.parts else idle)
-        for budget in (self.budget or 0, *self.budgets) if "adaptive" in self.methods else ():
+        for budget in (self.budget or 0, *self.budgets) if {*ADAPTIVE} & {*self.methods} else ():
             if budget > self.max_latent > 0:
                 raise ValueError(f"budget {budget:g} does not lie between 0 and max_latent {self.max_latent}")
         for run in (plain_run(who, self) for who in self.methods):  # each must be possible
@@ -117,8 +117,8 @@ class Run:
 def plain_run(who: str, settings: Compare) -> Run:
     """The first run of a method, or of a control, as the settings have it."""
     plain = Run(**{f.name: getattr(settings, f.name) for f in fields(Run)})
-    if who == "adaptive":
-        return plain
+    if who in ADAPTIVE:
+        return replace(plain, method=who)
     plain = replace(plain, budget=None, lam=0.0)
     if who in (NO_THOUGHTS, ALL_STEPS):
         return replace(plain, tau=float(who == NO_THOUGHTS))
@@ -280,7 +280,7 @@ def main() -> None:
     if "pareto" in settings.parts:  # budgets of adaptive, K of the baselines, depths of vanilla
         wanted = [kind for who, kind in kinds.items() if who not in (NO_THOUGHTS, "mor")]
         for kind in list(wanted):
-            if kind.who == "adaptive":
+            if kind.who in ADAPTIVE:
                 wanted += [replace(kind, budget=budget) for budget in settings.budgets]
             elif kind.who == "vanilla":
                 wanted += [replace(kind, n_layer=kind.n_layer * times) for times in settings.depths]

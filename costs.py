@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from baselines import build
 from common import BadInput
 from model import CHUNK, AdaptiveLatentCoT, Config, LLaMA
+from schedule import is_adaptive
 
 COMPILED_CHUNK = 2**31  # logits at once where the loss is compiled (fast.py), which copies none in fp32
 
@@ -36,13 +37,16 @@ def forward_flops(model: LLaMA, steps: Tensor, live: Tensor | None = None,
     the cache. Attention counts queries × keys of each row and pass; a causal kernel skips half."""
     live = torch.ones_like(steps, dtype=torch.bool) if live is None else live
     fed = live if fed is None else fed & live
-    block = model.blocks[0]
-    weights = matrices(block)
+    kind = type(model)
+    if kind.think is not LLaMA.think and kind.passes is LLaMA.passes:
+        raise NotImplementedError(f"{kind.__name__} has its own think, but no passes to say what it costs")
+    weights = matrices(model.blocks[0])
+    heads = model.config.n_head * model.config.head_width
     products = 2 * model.head.weight.numel() * fed.sum().double() + model.further_products(steps, fed)
     attention = torch.zeros_like(products)
     for queries, keys, layers in model.passes(steps, live, fed):
         products += 2 * weights * layers * queries.sum()
-        attention += 4 * block.wq.out_features * layers * (queries.double() * keys).sum()
+        attention += 4 * heads * layers * (queries.double() * keys).sum()
     return products, attention
 
 
@@ -99,7 +103,7 @@ def made_up_steps(config: Config, B: int, T: int, mean_latent: float) -> Tensor:
     K = 0 if config.method == "vanilla" else config.max_latent
     if config.method == "mor":
         return (rank * (K + 1)).floor()
-    q = going_on(mean_latent, K) if config.method == "adaptive" else 1.0
+    q = going_on(mean_latent, K) if is_adaptive(config) else 1.0
     steps = torch.zeros(B, T)
     for k in range(1, K + 1):
         steps += rank < q**k

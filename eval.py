@@ -37,6 +37,7 @@ from fast import lay_out
 from model import LLaMA
 from page import dials, explain, html_page
 from prepare import Data
+from schedule import ADAPTIVE, is_adaptive
 from score import Tally, score, windows
 from tokenizer import describe, dtype_of, same_tokens
 
@@ -187,7 +188,7 @@ def perplexity(model: LLaMA, tokenizer, ids: np.ndarray, config: Eval) -> tuple[
 def sweep(model: LLaMA, ids: np.ndarray, config: Eval) -> list[dict]:
     """Perplexity and steps by setting of the dials, fewest steps first; best: no other has less of both."""
     own = model.tau, model.max_latent
-    has_tau = model.config.method == "adaptive"
+    has_tau = is_adaptive(model.config)
     points = []
     for most in range(model.max_latent + 1):
         for tau in sorted({*TAUS, own[0]}) if has_tau and config.tau is None and most else [own[0]]:
@@ -250,7 +251,7 @@ def evaluate(config: Eval) -> None:
             print(f"the first {MOST:,} tokens of {own}; --max_tokens reads fewer or more")
     method = model.config.method
     found = {"run": config.run, "step": checkpoint.get("step"), "method": method, "device": str(device),
-             "tau": model.tau if method == "adaptive" else None, "max_latent": model.max_latent}
+             "tau": model.tau if method in ADAPTIVE else None, "max_latent": model.max_latent}
     title = f"{config.run}: {method}{dials(model)}"
 
     # Measure.

@@ -15,6 +15,7 @@ from configurator import BadInput, typed
 from model import Config, LLaMA
 from prepare import Data
 from runs import say
+from schedule import is_adaptive
 from tokenizer import describe, same_tokens
 
 SHAPE = (  # settings that belong to trained weights: --init_from takes them over
@@ -79,7 +80,7 @@ def take_weights(model: LLaMA, source: LLaMA, budget: bool) -> str:
     lines = [f"{a.method}, {len(new) - len(fresh)} of its {len(old)} weights are taken over"]
     if fresh:
         lines.append(f"new: {', '.join(fresh)}")
-    if b.method == "adaptive" and b.max_latent > 0:
+    if is_adaptive(b):
         if budget and kin:
             model.tau = source.tau
             lines.append(f"τ goes on from {source.tau:.4g}")

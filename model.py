@@ -223,8 +223,7 @@ class LLaMA(nn.Module):
         if len(h) <= n:
             return self.nats_of(self.head(h), targets)
         chunks = zip(h.split(n), targets.split(n))
-        nats = [checkpoint(self.nats, *chunk, use_reentrant=False) for chunk in chunks]
-        return torch.cat(nats)
+        return torch.cat([checkpoint(self.nats, *chunk, use_reentrant=False) for chunk in chunks])
 
     @staticmethod
     def nats_of(logits: Tensor, targets: Tensor) -> Tensor:
@@ -396,5 +395,6 @@ class AdaptiveLatentCoT(LLaMA):
             yield (fed & (steps >= k)).sum(1), keys, len(self.blocks)
 
     def further_products(self, steps: Tensor, fed: Tensor) -> Tensor:
-        exits = self.head.weight.numel() if self.config.exit_loss and self.training else 0
-        return 2.0 * (self.config.n_embd + exits) * ((steps + 1) * fed).sum().double()
+        exits = [self.head.weight] * bool(self.config.exit_loss and self.training)
+        read = sum(w.numel() for w in (*self.router.parameters(), *exits) if w.dim() == 2)
+        return 2.0 * read * ((steps + 1) * fed).sum().double()

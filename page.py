@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from common import check_predictions
-from model import LLaMA
+from model import AdaptiveLatentCoT, LLaMA
 
 LIKELIEST = 5  # next tokens that the lens shows after each step
 BAR = 40  # characters of the bar that sums a text up
@@ -167,7 +167,7 @@ def kind(text: str) -> str:
 
 def dials(model: LLaMA) -> str:
     """What bounds the thoughts of a model, to be added to a title: τ only where there is one."""
-    tau = f", τ {model.tau:g}" if model.config.method == "adaptive" and model.max_latent else ""
+    tau = f", τ {model.tau:g}" if isinstance(model, AdaptiveLatentCoT) and model.max_latent else ""
     return f"{tau}, ℓ_max {model.max_latent}" if model.config.method != "vanilla" else ""
 
 

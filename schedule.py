@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from baselines import build
+from baselines import METHODS, build
 from model import AdaptiveLatentCoT, Config, LLaMA
 
+ADAPTIVE = [name for name, method in METHODS.items() if issubclass(method, AdaptiveLatentCoT)]
 OF_ADAPTIVE = "explore", "exit_loss", "weigh_values"  # settings that nothing else reads, off by default
 STEERING = {"budget", "course", "lam", "beta", "tau", "router_bias"}  # likewise; configs set some of them
 ROUTED = "--method=adaptive with a max_latent of 1 or more"  # what reads both
@@ -56,7 +57,7 @@ class Recipe(Config):
 
 def is_adaptive(config) -> bool:
     """Whether reach decides who takes a latent step."""
-    return config.method == "adaptive" and config.max_latent > 0
+    return config.method in ADAPTIVE and config.max_latent > 0
 
 
 def unread(config) -> dict[str, str]:

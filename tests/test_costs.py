@@ -12,7 +12,7 @@ from conftest import uneven
 from costs import (bytes_read, costs, counted, forward_flops, going_on, kept_bytes, made_up_steps, make,
                    memory, training_flops)
 from log import Cache
-from model import Config
+from model import Config, LLaMA
 from train import Train
 
 SHAPE = {"n_layer": 3, "n_head": 2, "n_embd": 16, "n_ff": 24, "block_size": 32, "vocab_size": 67}
@@ -41,6 +41,22 @@ def test_a_trained_router_costs_what_the_formula_says():
     total, steps = counted(model, idx, targets)
     assert 0 < steps.mean() < 3 and total == float(training_flops(*forward_flops(model, steps)))
     assert total < float(training_flops(*forward_flops(model, torch.full_like(steps, 3))))
+
+
+def test_a_router_of_two_layers_costs_what_the_formula_says():
+    model = uneven()
+    model.router = torch.nn.Sequential(torch.nn.Linear(32, 8), torch.nn.SiLU(), torch.nn.Linear(8, 1))
+    total, steps = counted(model, *torch.randint(0, 61, (2, 4, 48)))
+    assert total == float(training_flops(*forward_flops(model, steps)))
+
+
+def test_a_method_must_say_what_it_costs():
+    class Twice(LLaMA):
+        def think(self, x, states, cache):
+            return super().think(super().think(x, states, cache)[0], states, cache)
+
+    with pytest.raises(NotImplementedError, match="Twice"):
+        forward_flops(Twice(Config(method="vanilla", **SHAPE)), torch.zeros(1, T))
 
 
 @pytest.mark.parametrize("rounds", [2, 3])

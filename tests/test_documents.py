@@ -156,8 +156,8 @@ def test_a_broken_file_is_named_with_the_reason(name, content, words, tmp_path):
 
 def test_files_are_found_by_what_they_hold(tmp_path):
     hidden = [".k.txt", "sub/.l.txt", ".git/m.txt"]
-    for name in ["a.txt", "b.JSONL", "c.txt.gz", "d.jsonl.zst", "e.parquet", "f.png", "g.gz", "h.bin", "sub/i.md",
-                 *hidden]:
+    named = "a.txt b.JSONL c.txt.gz d.jsonl.zst e.parquet f.png g.gz h.bin sub/i.md".split()
+    for name in [*named, *hidden]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     found = [p.relative_to(tmp_path).as_posix() for p in find_files([str(tmp_path)])]

@@ -1,5 +1,9 @@
 """The budget is met: on simulated routers of any scale, drift and length, and after a collapse."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -108,3 +112,27 @@ def test_the_course_of_a_budget():
 def test_reach_that_vanishes_is_below_every_threshold():
     controller = BudgetController()
     assert 0 < controller.update(controller.count(torch.zeros(4, 3)), 2.0) < 1e-5
+
+
+DERIVED = """
+import baselines, model
+class Quiet(model.AdaptiveLatentCoT):
+    pass
+baselines.METHODS["quiet"] = Quiet
+from common import turn
+from compare import Compare, plain_run
+from costs import made_up_steps
+from train import Train
+config = Train(method="quiet", budget=1.0, lam=0.5)
+assert (config.budget, config.lam) == (1.0, 0.5)
+run = plain_run("quiet", Compare(methods=["quiet"], budget=1.0, lam=0.5))
+assert (run.who, run.budget, run.lam) == ("quiet", 1.0, 0.5), run
+assert made_up_steps(config, 4, 100, 1.0).mean() < 2
+quiet = baselines.build(config.model_config(61))
+turn(quiet, "out/quiet", tau=0.5, max_latent=None)
+assert quiet.tau == 0.5
+"""
+
+
+def test_what_is_derived_from_the_method_is_steered_as_it_is():
+    subprocess.run([sys.executable, "-c", DERIVED], check=True, cwd=Path(__file__).parent.parent)
