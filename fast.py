@@ -12,6 +12,7 @@ import torch
 from common import BadInput, precision, reason
 from costs import COMPILED_CHUNK
 from log import additive_mask, broken_compiler
+from model import Block
 
 PACKED = 2**16  # elements from which on a matrix is packed for decoding on a CPU
 ALONE = 384  # height and width from which on a packed matrix is also faster with a single row
@@ -42,11 +43,12 @@ def compile_training(model) -> None:
     torch._dynamo.config.specialize_float = True  # that of a norm never changes
     torch._dynamo.config.optimize_ddp = False  # it would cut blocks apart
     torch._dynamo.config.recompile_limit = 64  # first pass or later, all live or some, many or few
-    for block in model.blocks:
-        whole = torch.compile(block.forward, dynamic=True)
-        block.forward = partial(whole_or_parts, whole, block.forward)
-        block.before = torch.compile(block.before, dynamic=True)
-        block.after = torch.compile(block.after, dynamic=True)
+    plain = Block.forward, Block.before, Block.after
+    whole, before, after = (torch.compile(part, dynamic=True) for part in plain)
+    for block in model.blocks:  # partial, as a copy of the model takes that with it, its own block within
+        block.forward = partial(whole_or_parts, whole, Block.forward, block)
+        block.before = partial(before, block)
+        block.after = partial(after, block)
     model.nats_of = torch.compile(model.nats_of)
     if model.embed.weight.is_cuda and not model.config.exit_loss:  # or each exit would keep so many
         model.chunk = COMPILED_CHUNK
@@ -57,36 +59,38 @@ def whole_or_parts(whole, parts, *inputs):
     return whole(*inputs) if torch.is_grad_enabled() else parts(*inputs)
 
 
+class Norm(torch.autograd.Function):
+    """y = n · w with n = x / rms, x (…, d): dx = (g w − n · mean(g w n)) / rms, and dw = Σ g n."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = (norm.square() / x.size(-1) + eps).rsqrt()
+        n = x * scale
+        ctx.save_for_backward(n, scale, weight)
+        return n * weight
+
+    @staticmethod
+    def backward(ctx, g):
+        n, scale, weight = ctx.saved_tensors
+        gn = g * n
+        mean = (gn @ weight) / n.size(-1)
+        dx = (g * weight).addcmul_(n, mean[..., None], value=-1).mul_(scale)
+        return dx, gn.flatten(0, -2).sum(0), None
+
+
+def fused_norm(module, x):
+    """The forward of an RMSNorm, with that backward."""
+    return Norm.apply(x, module.weight, module.eps)
+
+
 def fuse_norms(model) -> None:
     """Gives RMSNorm, of which a CPU has no fused kernel, a backward of its own: fewer walks through
     memory.
     """
-
-    class Norm(torch.autograd.Function):
-        """y = n · w with n = x / rms, x (…, d): dx = (g w − n · mean(g w n)) / rms, and dw = Σ g n."""
-
-        @staticmethod
-        def forward(ctx, x, weight, eps):
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            scale = (norm.square() / x.size(-1) + eps).rsqrt()
-            n = x * scale
-            ctx.save_for_backward(n, scale, weight)
-            return n * weight
-
-        @staticmethod
-        def backward(ctx, g):
-            n, scale, weight = ctx.saved_tensors
-            gn = g * n
-            mean = (gn @ weight) / n.size(-1)
-            dx = (g * weight).addcmul_(n, mean[..., None], value=-1).mul_(scale)
-            return dx, gn.flatten(0, -2).sum(0), None
-
-    def forward(norm, x):
-        return Norm.apply(x, norm.weight, norm.eps)
-
     for module in model.modules():
         if isinstance(module, torch.nn.RMSNorm):
-            module.forward = partial(forward, module)
+            module.forward = partial(fused_norm, module)
 
 
 def lay_out(model, dtype=None) -> None:
@@ -119,25 +123,28 @@ def pack(linear) -> None:
     once: in half to nine tenths of MKL's time; a single row, too, where both sides are ALONE or more. Left as
     it is where this PyTorch cannot.
     """
-    weight = linear.weight.detach()
+    weight = linear.weight
+    version = weight._version  # of what is packed
     fit = weight.device.type == "cpu" and weight.dtype == torch.float32
     if not (fit and torch.backends.mkldnn.is_available()):
         return
     try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 16)  # rows, about
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 16)  # rows, about
         multiply = torch.ops.mkldnn._linear_pointwise
     except (AttributeError, RuntimeError):
         return
 
     small = min(weight.shape) < ALONE
 
-    def forward(plain, x):
+    def forward(own, plain, x):
         costly = small and x.numel() == x.size(-1)  # what oneDNN spends on a call is more than it gains
         if costly or torch.compiler.is_compiling():  # which packs what is constant by itself, or not at all
             return plain(x)
-        return multiply(x, packed, linear.bias, "none", [], "")
+        if own.weight is not weight or weight._version != version:  # a copy's, or others by now
+            return plain(x)
+        return multiply(x, packed, own.bias, "none", [], "")
 
-    linear.forward = partial(forward, linear.forward)
+    linear.forward = partial(forward, linear, linear.forward)  # with itself, as a copy has its own
 
 
 class Still:
@@ -166,7 +173,7 @@ class Ticks:
         torch._dynamo.config.recompile_limit = 64  # one row or several, all layers or some
         self.run = self.blocks
         if not model.embed.weight.is_cuda:
-            self.run = torch.compile(self.blocks, dynamic=True, **options)
+            self.run = partial(torch.compile(Ticks.blocks, dynamic=True, **options), self)
         self.tapes: list[Tape] = []
 
     def __call__(self, x, states, log, layers=None):

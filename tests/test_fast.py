@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 import weakref
 from functools import partial
 
@@ -135,6 +136,32 @@ def test_another_layout_gives_the_same_tokens_and_loads_elsewhere(method, shape,
     assert all(p.is_contiguous() for p in other.parameters())
 
 
+@pytest.mark.parametrize("fast_path", ["compile_training", "lay_out", "compile_ticks", "fuse_norms"])
+def test_a_copy_computes_with_its_own_weights(fast_path, monkeypatch):
+    """And the model with those that it has now: an average of weights is made of a copy."""
+    torch._dynamo.reset()
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: plain(f, backend="eager", **options))
+    monkeypatch.setattr(fast, "PACKED", 0)
+    monkeypatch.setattr(fast, "ALONE", 0)
+    model, prompts = make(), text(2, 9).tolist()
+    wanted, other = said(model, prompts, 6), make(seed=1)
+    getattr(fast, fast_path)(model)
+    assert said(model, prompts, 6) == wanted
+    copied = copy.deepcopy(model)
+    model.load_state_dict(other.state_dict())
+    assert said(copied, prompts, 6) == wanted
+    assert said(model, prompts, 6) == said(other, prompts, 6) != wanted
+    copied.load_state_dict(other.state_dict())
+    assert said(copied, prompts, 6) == said(other, prompts, 6)
+
+
+def test_fused_norms_can_be_sent_to_a_process():
+    model = make()
+    fuse_norms(model)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(text()).logits, model(text()).logits)
+
+
 def test_a_packed_product_is_that_of_one_row_and_of_many():
     """With a bias and without, small and large."""
     for bias, wide, high in itertools.product((False, True), (48, fast.ALONE), (32, fast.ALONE + 1)):
@@ -147,7 +174,7 @@ def test_a_packed_product_is_that_of_one_row_and_of_many():
                 x = torch.randn(shape)
                 torch.testing.assert_close(linear(x), plain(x))
         by_plain = []
-        linear.forward = partial(linear.forward.func, lambda x: by_plain.append(x) or plain(x))
+        linear.forward = partial(linear.forward.func, linear, lambda x: by_plain.append(x) or plain(x))
         linear(torch.randn(1, wide))
         assert bool(by_plain) == (min(wide, high) < fast.ALONE), "a single row of a small one goes to MKL"
 
