@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 import zipfile
+import zlib
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -88,7 +89,8 @@ def check_output(path: str | Path, flag: str, make: bool = False) -> None:
 def about(device: str = "") -> dict:
     """Machine (the GPU where --device means one of CUDA's, else the CPU), versions and commit of a result."""
     import torch
-    dirty = "-dirty" if git("status", "--porcelain", "--", "*.py") else ""
+    changed = git("status", "--porcelain", "--", "*.py") + git("diff", "HEAD", "--", "*.py")
+    dirty = f"-dirty-{zlib.crc32(changed.encode()):08x}" if changed else ""  # which changes, too
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
     cpu = f"{[*names, platform.processor()][0]}, {torch.get_num_threads()} threads"
@@ -99,11 +101,9 @@ def about(device: str = "") -> dict:
 
 def git(*words: str) -> str:
     """What a git command prints about this folder; empty where there is no git."""
-    try:
-        folder = str(Path(__file__).parent)
-        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
+    words = ["git", "-C", str(Path(__file__).parent), *words]
+    there = shutil.which("git")
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() if there else ""
 
 
 # --------------------------------------------------------------------------------------------------- devices
@@ -195,10 +195,9 @@ def check_no_run(folder: Path, advice: str) -> None:
 
 def turn(model, run: str, tau: float | None, max_latent: int | None) -> None:
     """Sets τ and ℓ_max of a loaded model, where they are given. Raises BadInput where they turn nothing."""
-    from schedule import is_adaptive
     config = model.config
     thinks = config.method != "vanilla" and config.max_latent > 0
-    if tau is not None and not is_adaptive(config):
+    if tau is not None and not (thinks and hasattr(model, "onward")):  # which compares reach with τ
         raise BadInput(f"--tau={tau:g} turns nothing: {run} holds a model of method {config.method} with at "
                        f"most {config.max_latent} latent steps, which no threshold ends")
     if max_latent is not None and not thinks:
@@ -216,7 +215,7 @@ def save_checkpoint(path: str | Path, model, tokenizer, weights=None, **rest) ->
     """
     import torch
     from tokenizer import describe, ranks_to_text
-    weights = model.state_dict() if weights is None else weights
+    weights = {n: w.float() for n, w in (model.state_dict() if weights is None else weights).items()}
     for name, tensor in weights.items():
         check_tensor(f"{path} is not written: {name}", tensor, tensor)
     ranks = torch.frombuffer(bytearray(ranks_to_text(tokenizer)), dtype=torch.uint8)

@@ -32,7 +32,7 @@ import figures
 from baselines import METHODS
 from common import (BadInput, about, check_items, check_output, check_read, check_typed, configure,
                     optional, read_json, run, table, write_whole)
-from configurator import on_end
+from configurator import flags_of, on_end
 from prepare import Data
 from schedule import ADAPTIVE, DIVERGED, OF_ADAPTIVE, Recipe, unread
 
@@ -220,9 +220,7 @@ class Runs:
         often = max(1, run.max_steps // 10)
         values = {name: getattr(self.settings, name) for name in TRAINED} | asdict(run)
         values |= {"out": out, "eval_every": often, "save_every": often, "resume": (out / "ckpt.pt").exists()}
-        scaling = [str(number) for number in values.pop("rope_scaling")]  # the one list
-        told = [name for name, value in values.items() if value != "" and name not in unread(run)]
-        flags = [f"--{name}={values[name]}" for name in told] + ["--rope_scaling", *scaling] * bool(scaling)
+        flags = flags_of({name: value for name, value in values.items() if name not in unread(run)})
         threads = max(1, torch.get_num_threads() // self.settings.jobs)
         with open(f"{out}.stderr", "w") as stderr:  # in a session of its own, so that Ctrl-C reaches us alone
             process = subprocess.Popen([sys.executable, str(TRAIN), *flags], stdout=subprocess.DEVNULL,
@@ -254,6 +252,8 @@ def main() -> None:
         optional("matplotlib.figure", "--plot")
     on_end(signal.default_int_handler)  # stops the runs, as Ctrl-C does
     runs = Runs(settings)
+    if others := {result["commit"] for result in runs.finished.values()} - {runs.about["commit"]}:
+        print(f"{runs.path} holds runs of other code ({', '.join(sorted(others))}): they are not made again")
     kinds = {kind.who: kind for kind in (plain_run(who, settings) for who in settings.methods)}
 
     if "rates" in settings.parts:  # each at its own best learning rate, found on the first seed

@@ -277,6 +277,8 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
         elif word.endswith(".py") and (os.path.exists(word) or not free):  # else a prompt
             for key, value, where in _read(word):
                 if key in others and key not in kinds:
+                    if key == "init_from" and value:  # passed over, another model would be measured
+                        raise BadInput(f"{where}: init_from is not read here, but by {also} alone")
                     continue
                 _check_known(key, kinds, where)
                 values[key] = None
@@ -348,6 +350,15 @@ def typed(argv: list[str] | None = None) -> set[str]:
     """The settings that stand on the command line (default: sys.argv), as --key=value or --key value."""
     words = sys.argv[1:] if argv is None else argv
     return {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+
+
+def flags_of(settings: dict) -> list[str]:
+    """The words of a command line that say these settings, of which an empty one is not said."""
+    words = []
+    for name, value in settings.items():
+        if value not in ("", []):
+            words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    return words
 
 
 def check_typed(readers: dict[str, str]) -> None:

@@ -259,7 +259,8 @@ def say_stopped(step: int, path: Path) -> None:
 
 def check_finite(numbers: dict[str, float], step: int, path: Path) -> None:
     """Ends a run that has diverged, with exit code 3. What its last checkpoint, at path, holds is finite."""
-    wrong = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    finite = {name: bool(torch.as_tensor(value).isfinite().all()) for name, value in numbers.items()}
+    wrong = [f"{name} {numbers[name]}" for name in numbers if not finite[name]]
     if not wrong:
         return
     if RANK == 0:
@@ -449,7 +450,11 @@ def restore(config, data: Data, model: LLaMA, optimizer: torch.optim.Optimizer) 
 
 
 def check_moments(where: str, saved: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Raises BadInput where Adam's state does not fit its parameters: fused, it would read past their end."""
+    """Raises BadInput where Adam's state does not fit its parameters: fused, it would read past their end.
+    Another optimizer knows its own.
+    """
+    if type(optimizer).__name__ != "AdamW":
+        return
     parameters = parameters_of(optimizer)
     count = torch.zeros(())
     try:

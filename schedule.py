@@ -96,7 +96,7 @@ def make_optimizer(model: LLaMA, config) -> torch.optim.AdamW:
     vectors = [p for p in named.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors}]
     if router:
-        groups.append({"params": router})
+        groups.append({"params": router, "of_router": True})
     betas = config.beta1, config.beta2
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, weight_decay=0.0, fused=True)
 

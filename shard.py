@@ -103,9 +103,9 @@ def load_whole(model: LLaMA, optimizer: torch.optim.Optimizer, weights: dict, mo
     parameters = parameters_of(optimizer)
     state = {}
     for i, found in moments["state"].items():
-        shared = {name: share_out(found[name], parameters[i]) for name in ("exp_avg", "exp_avg_sq")}
-        state[i] = found | shared
-    optimizer.load_state_dict(moments | {"state": state})
+        shaped = [name for name, value in found.items() if isinstance(value, Tensor) and value.dim()]
+        state[i] = found | {name: share_out(found[name], parameters[i]) for name in shaped}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # its settings are the run's own
 
 
 # ------------------------------------------------------------------------------------- checkpoints in parts
@@ -228,7 +228,8 @@ def resume_parts(folder: Path, model: LLaMA, optimizer: torch.optim.Optimizer, b
     """Fills a model and its optimizer, shared out or not. begun: whether a step was done, so that there are
     moments.
     """
-    for parameter in parameters_of(optimizer) if begun else []:
+    trained = [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
+    for parameter in trained if begun else []:
         count = torch.zeros((), device=local(parameter).device)
         zeros = [torch.zeros_like(parameter.detach()) for _ in range(2)]
         optimizer.state[parameter] = {"step": count, "exp_avg": zeros[0], "exp_avg_sq": zeros[1]}

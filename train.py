@@ -201,8 +201,8 @@ def train(config: Train) -> dict:
         began = time.perf_counter()
         rate = learning_rate(config, step)
         of_router = router_rate(config, step, at.start)
-        for group, group_rate in zip(optimizer.param_groups, (rate, rate, of_router)):
-            group["lr"] = group_rate
+        for group in optimizer.param_groups:
+            group["lr"] = of_router if group.get("of_router") else rate
         model.draw(seed_of(config, step))
         tau = model.tau
         noise = exploration(config, step, device)
@@ -263,9 +263,10 @@ def train(config: Train) -> dict:
             mfu = training_flops(metrics["products"], metrics["attention"]) / took / roof
             write_log(log, {
                 "step": at.step, "tokens": at.step * step_tokens, "loss": metrics["loss"],
-                "ce": metrics["ce"], "ada": metrics["ada"], "tau": tau, "latent_steps": latent,
+                "ce": metrics["ce"], "ada": metrics["ada"], "latent_steps": latent,
                 "reached": reached, "grad_norm": metrics["grad_norm"], "lr": rate, "tokens_per_second": speed,
                 "flops": training_flops(at.products, at.attention), "mfu": mfu}
+                | ({"tau": tau} if is_adaptive(config) else {})
                 | ({"waiting": lost} if WORLD > 1 else {}), board)
         shown = f"train {metrics['loss']:.4f}  latent {latent:.2f}  τ {tau:.4f}  {speed:,.0f} tok/s"
         bar.set_postfix_str(shown, refresh=False)

@@ -37,6 +37,25 @@ def test_a_result_says_what_made_it(monkeypatch):
     assert about("cpu")["machine"] == found["machine"], "that of the CPU, where it is asked for"
 
 
+def test_a_result_tells_changed_code_apart(monkeypatch):
+    """By the changes that are not committed, or not even known to git."""
+    said = {"status": "", "diff": "", "rev-parse": "abc"}
+    monkeypatch.setattr("common.git", lambda word, *_: said[word])
+    found = [about()["commit"]]
+    for status, diff in (("M a.py", "+1"), ("M a.py", "+2"), ("? b.py", "")):
+        said |= {"status": status, "diff": diff}
+        found.append(about()["commit"])
+    assert found[0] == "abc" and len({*found}) == 4
+    assert all(name.startswith("abc-dirty-") for name in found[1:])
+
+
+def test_weights_of_low_precision_are_saved_as_they_are_loaded(tmp_path):
+    model = uneven(vocab_size=257).bfloat16()
+    save_checkpoint(tmp_path / "ckpt.pt", model, TOKENIZER)
+    loaded = load_checkpoint(tmp_path)[0]
+    assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), loaded.parameters()))
+
+
 def test_a_table_is_aligned():
     lines = table(["a", "bb"], [["x", 1], ["yyy", 22]]).splitlines()
     assert lines == ["| a   | bb |", "|-----|---:|", "| x   |  1 |", "| yyy | 22 |"]

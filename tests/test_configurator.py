@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 import typing
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 import pytest
 
-from configurator import (NANOGPT, RANGES, BadInput, check_apart, check_range, check_read, configure, reason,
-                          run, typed)
+from configurator import (NANOGPT, RANGES, BadInput, check_apart, check_range, check_read, configure,
+                          flags_of, reason, run, typed)
 
 ROOT = Path(__file__).parent.parent
 
@@ -267,6 +267,22 @@ def test_a_file_may_hold_what_another_script_reads(tmp_path):
         configure(Settings, [str(tmp_path / "a.py")])
     with pytest.raises(BadInput, match="global_batch_size"):
         configure(Settings, ["--global_batch_size=4"], also="train.py")
+    (tmp_path / "b.py").write_text('init_from = "out/v"\n')
+    with pytest.raises(BadInput, match="b.py, line 1: init_from is not read here, but by train.py alone"):
+        configure(Settings, [str(tmp_path / "b.py")], also="train.py")
+
+
+def test_settings_become_a_command_line_again():
+    @dataclass
+    class Listed:
+        name: str = ""
+        lengths: list[int] = field(default_factory=list)
+        more: list[float] = field(default_factory=list)
+        budget: float | None = 1.0
+        odd: bool = False
+
+    for settings in (Listed(), Listed("a b", [1, 2], [0.5], None, True)):
+        assert configure(Listed, flags_of(asdict(settings))) == settings
 
 
 def test_help_is_shown_whatever_the_values_are(capsys, tmp_path):

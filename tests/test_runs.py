@@ -311,6 +311,13 @@ time.sleep(60)
 """
 
 
+def test_numbers_that_are_lists_may_diverge_too(tmp_path, capsys):
+    runs.check_finite({"loss": 1.0, "by layer": [1.0, 2.0], "by head": torch.ones(2, 2)}, 1, tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        runs.check_finite({"loss": 1.0, "by layer": [1.0, float("nan")]}, 1, tmp_path)
+    assert ended.value.code == 3 and "by layer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
 def test_a_weight_that_is_not_finite_is_seen_by_several_processes_too(value, monkeypatch):
     monkeypatch.setattr(runs, "WORLD", 2)

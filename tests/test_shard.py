@@ -244,6 +244,22 @@ def test_a_kill_while_parts_are_written_costs_nothing(alone, tmp_path, monkeypat
     assert moment > 6 and found == {0, 1}
 
 
+def test_weights_that_stand_still_have_no_moments_to_resume(alone, tmp_path):
+    model = sharded()
+    model.blocks[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(text(), text(seed=3)).loss.backward()
+    optimizer.step()
+    shard.save_shared(tmp_path / "ckpt.pt", model, get_tokenizer("bytes"), optimizer, step=1)
+    other = sharded(1)
+    other.blocks[0].requires_grad_(False)
+    again = torch.optim.AdamW(other.parameters(), lr=1e-3)
+    shard.resume_parts(tmp_path / "ckpt.a", other, again, begun=True)
+    assert len(again.state) == len(optimizer.state) < len([*model.parameters()])
+    for a, b in zip(shard.named_tensors(model, optimizer).items(), shard.named_tensors(other, again).items()):
+        assert a[0] == b[0] and torch.equal(shard.local(a[1]), shard.local(b[1]))
+
+
 def test_damaged_parts_are_refused_and_run_no_code(alone, tmp_path):
     shard.save_shared(tmp_path / "ckpt.pt", sharded(), get_tokenizer("bytes"))
     index, part = tmp_path / "ckpt.a" / ".metadata", tmp_path / "ckpt.a" / "__0_0.distcp"

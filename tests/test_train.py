@@ -167,6 +167,32 @@ def test_every_method_trains_and_resumes(method, data, tmp_path, monkeypatch):
     assert [*losses(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6] and same(tmp_path / "whole", tmp_path / "cut")
 
 
+def by_momentum(model, config):
+    """Another optimizer, in one more group, and with weights that stand still."""
+    model.blocks[0].requires_grad_(False)
+    own = {id(p) for p in model.router.parameters()}
+    moved = [p for p in model.parameters() if id(p) not in own and p is not model.norm.weight]
+    router = {"params": [*model.router.parameters()], "of_router": True}
+    return torch.optim.SGD([router, {"params": moved}, {"params": [model.norm.weight]}], momentum=0.9)
+
+
+def test_another_optimizer_trains_and_resumes(data, tmp_path, monkeypatch):
+    """Its groups get the learning rates that are theirs, whatever their order."""
+    monkeypatch.setattr(train_module, "make_optimizer", by_momentum)
+    made = []
+    monkeypatch.setattr(train_module, "learning_rate", lambda config, step: 0.125)
+    monkeypatch.setattr(train_module, "router_rate", lambda config, step, start: 0.5)
+    plain = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: made.append(
+        [group["lr"] for group in self.param_groups]) or plain(self))
+    settings = SMALL | dict(data=str(data), budget=None)
+    train(Train(out=str(tmp_path / "whole"), **settings))
+    train(Train(out=str(tmp_path / "cut"), **settings | {"max_steps": 4}))
+    train(Train(out=str(tmp_path / "cut"), resume=True, **settings))
+    assert losses(tmp_path / "cut")[6] == losses(tmp_path / "whole")[6]
+    assert made == 12 * [[0.5, 0.125, 0.125]]
+
+
 @pytest.mark.parametrize("started", [False, True])
 def test_a_kill_at_any_moment_is_made_good_by_resume(started, data, tmp_path, monkeypatch):
     """Before and after every line of the log, checkpoint, evaluation, step, renaming, and the summary."""
