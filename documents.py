@@ -10,8 +10,10 @@ import gzip
 import json
 import os
 import re
+import sys
 import sysconfig
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -44,12 +46,17 @@ def kind(path: Path) -> str:
 def find_files(inputs: list[str]) -> list[Path]:
     """The files behind the inputs, folders searched for all that we read, but hidden ones, sorted.
 
-    Raises BadInput for what is not there.
+    Says what else lies in a folder. Raises BadInput for what is not there.
     """
     files = []
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(p for p in _walk(path) if p.is_file() and kind(p) in TEXT | RECORDS)
+            there = [p for p in _walk(path) if p.is_file()]
+            found = sorted(p for p in there if kind(p) in TEXT | RECORDS)
+            others = Counter(p.suffix or "no suffix" for p in there if kind(p) not in TEXT | RECORDS)
+            if others:
+                most = ", ".join(f"{count} × {suffix}" for suffix, count in others.most_common(5))
+                print(f"{path}: {others.total()} files are left out as no text: {most}", file=sys.stderr)
             if not found:
                 raise BadInput(f"{path} holds no text: want .txt, .md, source files, .jsonl or .parquet; "
                                "text and .jsonl also as .gz and .zst")

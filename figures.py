@@ -15,6 +15,7 @@ answer_help(__file__)
 
 import json
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,18 +88,17 @@ def read_curves(name: str) -> dict[str, list[tuple[float, float]]]:
 def draw_curves(runs: list[str]):
     """A figure of all runs: validation loss by tokens and by FLOPs, latent steps, τ, learning rate."""
     figure = optional("matplotlib.figure", "plot").Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplots(2, 3).flat
+    axes = figure.subplots(2, 3).ravel()
 
     def xy(points: list) -> tuple:
         return tuple(zip(*points)) or ((), ())
 
     panels = {"loss by tokens": "validation loss, nats per token", "loss by FLOPs": "validation loss",
               "latent_steps": "latent steps per token", "tau": "τ", "lr": "learning rate"}
-    for i, name in enumerate(runs):
+    for i, (name, label) in enumerate(zip(runs, labels_of(runs))):
         lines = read_curves(name)
         for axis, panel in zip(axes, panels):
             style = ".-" if panel.startswith("loss") else "-"
-            label = name.replace("$", r"\$")  # or matplotlib would read a formula
             axis.plot(*xy(lines[panel]), style, color=f"C{i}", linewidth=1.2, label=label)
         axes[2].plot(*xy(lines["val_steps"]), "o", color=f"C{i}", markersize=4)
     for axis, (name, label) in zip(axes, panels.items()):
@@ -107,9 +107,17 @@ def draw_curves(runs: list[str]):
     axes[1].set_xscale("log")
     axes[2].set_title("line: in training; points: in validation", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
-    axes[5].axis("off")
-    axes[5].legend(handles, labels, loc="center left", frameon=False)
+    axes[-1].axis("off")
+    axes[-1].legend(handles, labels, loc="center left", frameon=False).set_in_layout(False)
     return figure
+
+
+def labels_of(runs: list[str]) -> list[str]:
+    """The names of runs, of compare.py's without the settings that all of them share."""
+    settings = [re.split(r"-(?=\w+=)", name) for name in runs]
+    shared = {part for part in set.intersection(*map(set, settings)) if "=" in part} if runs[1:] else set()
+    labels = ["-".join(part for part in own if part not in shared) for own in settings]
+    return [(label or name).replace("$", r"\$") for label, name in zip(labels, runs)]  # or it is a formula
 
 
 def lines_of(finished: dict) -> dict[int, dict[str, list[tuple[float, float]]]]:

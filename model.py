@@ -8,7 +8,7 @@ hidden state is fed back in as the next input: the token enters column k + 1. Wh
 * Live tokens are packed: a pass computes N rows, one per live token, and nothing for a token that has halted.
 * Decoding goes in ticks: one state for each row, whatever its column, so that no row waits for another.
 * The vanilla part is Meta's LLaMA: its weights load into Hugging Face's LlamaForCausalLM unchanged.
-* Router, reach, exit mass, softmax and losses are fp32, also under bf16 autocast.
+* Router, reach, exit mass, softmax and losses are fp32, also under bf16 autocast, and so are all weights.
 
 Shapes: B rows, T tokens of a row, N packed states, d width, H heads, G of keys and values, hd their width.
 """
@@ -329,7 +329,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, dice: l
 
 
 class AdaptiveLatentCoT(LLaMA):
-    """The method: each token thinks for as long as its router wants to (§1 to §4)."""
+    """The method: each token thinks as long as its router wants to (§1 to §4). τ is a dial, in no state_dict."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)

@@ -32,7 +32,7 @@ import tiktoken
 from tqdm import tqdm
 
 from bpe import train_bpe
-from common import BadInput, configure, read_json, reason, run, unusable
+from common import BadInput, check_typed, configure, read_json, reason, run, unusable
 from configurator import misfit
 from documents import (RECORDS, Hashes, Piece, check_settings, encode, find_files, kind, read_pieces,
                        standard_library, validates)
@@ -45,10 +45,11 @@ BATCH = 2**22  # characters that are encoded at once
 @dataclass
 class Prepare:
     input: list[str] = field(default_factory=list)  # files or folders; empty: Python's standard library
-    tokenizer: str = "bytes"  # bytes, bpe:1024 (made here), a tiktoken name, a path to ranks, a run: its own
+    tokenizer: str = "bytes"  # bytes, bpe:1024 (made here), a tiktoken name, ranks, tokenizer.json, a run
     name: str = ""  # folder under out; empty: python, or the first input's name
     out: str = "data"  # where the folder goes
     val_fraction: float = 0.05  # share of the documents that becomes validation text
+    val: list[str] = field(default_factory=list)  # files or folders that are the validation text instead
     key: str = "text"  # the field of a .jsonl record or the column of a .parquet file
     task: str = ""  # hops: makes the text of a task of known difficulty (tasks.py) instead of reading any
     separator: str = ""  # between the documents of a text file, \n and \r allowed; empty: a file is one
@@ -72,8 +73,10 @@ class Document:
 class Writer:
     """Encodes documents, batch by batch, and writes each to train.bin or val.bin."""
 
-    def __init__(self, folder: Path, tokenizer: tiktoken.Encoding, val_fraction: float) -> None:
+    def __init__(self, folder: Path, tokenizer: tiktoken.Encoding, val_fraction: float,
+                 validation: list[Path]) -> None:
         self.folder = folder
+        self.validation = {*validation}  # files whose documents become validation text, and no others
         self.tokenizer = tokenizer
         self.dtype = dtype_of(tokenizer)
         self.val_fraction = val_fraction
@@ -114,6 +117,8 @@ class Writer:
         if not self.seen.add(int.from_bytes(digest[:8], "big")):
             self.counts["identical"] += 1
             return "none"
+        if self.validation:
+            return "val" if document.path in self.validation else "train"
         return "val" if validates(digest, self.val_fraction) else "train"
 
     def skip(self, document: Document, why: str) -> None:
@@ -146,9 +151,12 @@ class Writer:
         shutil.copyfileobj(document.tokens, self.files[document.split])
 
 
-def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, folder: Path) -> dict:
-    """Writes train.bin and val.bin; returns what meta.json says about them."""
-    writer = Writer(folder, tokenizer, config.val_fraction)
+def write(files: list[Path], validation: list[Path], config: Prepare, tokenizer: tiktoken.Encoding,
+          folder: Path) -> dict:
+    """Writes train.bin and val.bin; returns what meta.json says about them. validation: of the files those
+    that --val names, which come first, so that a document of both is validation text.
+    """
+    writer = Writer(folder, tokenizer, config.val_fraction, validation)
     size = sum(path.stat().st_size for path in files)
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="tokenizing", disable=None)
     with bar, writer.files["train"], writer.files["val"]:  # Windows removes no file that is open
@@ -174,10 +182,11 @@ def write(files: list[Path], config: Prepare, tokenizer: tiktoken.Encoding, fold
         skipped = f"{counts['skipped']} empty or not UTF-8{why}"
         raise BadInput(f"too little text in {len(files)} file(s), want four tokens at least: {skipped}")
     if not (counts["train"]["tokens"] and counts["val"]["tokens"]):
-        if config.task:  # whose documents stay whole
-            raise BadInput(f"--val_fraction={config.val_fraction} leaves training or validation no document")
+        if config.task or config.val:  # whose documents stay whole
+            given = f"val={' '.join(config.val)}" if config.val else f"val_fraction={config.val_fraction}"
+            raise BadInput(f"--{given} leaves training or validation no document")
         cut_tail(folder, counts, config.val_fraction, tokenizer)
-    elif counts["val"]["tokens"] > counts["train"]["tokens"] and config.val_fraction < 0.5:
+    elif counts["val"]["tokens"] > counts["train"]["tokens"] and config.val_fraction < 0.5 and not config.val:
         print("prepare.py: more than half of the text has become validation text, in spite of "
               f"--val_fraction={config.val_fraction}, as a few long documents hold most of it: cut them into "
               "shorter ones, or try another --val_fraction", file=sys.stderr)
@@ -214,24 +223,28 @@ def prepare(config: Prepare) -> Path:
     """Writes the folder and returns it. Raises BadInput; then nothing has been written."""
     if config.task not in ("", "hops"):
         raise BadInput(f"--task={config.task} is not known; want hops")
-    read = config.input or config.separator or config.key != "text" or config.tokenizer != "bytes"
-    if config.task and read:
+    others = config.input or config.val or config.separator
+    if config.task and (others or config.key != "text" or config.tokenizer != "bytes"):
         raise BadInput("--task makes its own text, of bytes: leave out what others are read with (--input, "
-                       "--key, --separator, --tokenizer)")
-    files = []  # of a task, which makes its own text
+                       "--val, --key, --separator, --tokenizer)")
+    if config.val:
+        check_typed({"val_fraction": "a run without --val, which names the validation text"})
+    files, validation = [], find_files(config.val)  # none of a task, which makes its own text
     if not config.task:
         files = find_files(config.input) if config.input else standard_library()
-        check_settings(files, config.key, config.separator)
+        check_settings([*validation, *files], config.key, config.separator)
     source = Path([*config.input, config.task or "python"][0]).resolve().name
     name = config.name or source.lstrip(".").split(".")[0]
     if not name or name.startswith(".") or Path(name).name != name:
         raise BadInput(f"--name={name} must be the name of a folder in {config.out}, such as --name=books")
     folder = Path(config.out) / name
     if config.tokenizer.startswith("bpe:"):
-        ranks = train_bpe(files, config, GPT2_PATTERN)
+        learns = replace(config, val_fraction=0.0) if config.val else config  # from all that is to train
+        ranks = train_bpe(files, learns, GPT2_PATTERN)
         tokenizer = make_tokenizer("bpe", GPT2_PATTERN, ranks)
     else:
         tokenizer = get_tokenizer(config.tokenizer)
+    files = [*validation, *files]
     settings = {key: value for key, value in asdict(config).items() if key not in ("name", "out")}
     inputs = {str(path): f"{path.stat().st_size} bytes, {path.stat().st_mtime_ns}" for path in files}
     meta = {"settings": settings, "inputs": inputs, "tokenizer": describe(tokenizer)}
@@ -250,7 +263,7 @@ def prepare(config: Prepare) -> Path:
                 files = [Path(temporary) / "task.txt"]
                 files[0].write_bytes("\n".join(hops()).encode())
                 config = replace(config, separator="\n")
-            meta |= write(files, config, tokenizer, new)
+            meta |= write(files, validation, config, tokenizer, new)
             if config.task:
                 meta["document"] = meta["train"]["tokens"] // meta["train"]["documents"]  # all are as long
             (new / "ranks.tiktoken").write_bytes(ranks_to_text(tokenizer))
@@ -271,7 +284,7 @@ def is_prepared(folder: Path, wanted: dict) -> bool:
         return False
     try:
         meta = read_json(folder / "meta.json")
-        settings = {"separator": "", "task": ""} | meta["settings"]  # a folder of old has neither, nor inputs
+        settings = {"separator": "", "task": "", "val": []} | meta["settings"]  # a folder of old has none
         same = settings == wanted["settings"] and meta["tokenizer"] == wanted["tokenizer"]
         inputs = meta.get("inputs", wanted["inputs"])
         changed = sorted(path for path, _ in inputs.items() ^ wanted["inputs"].items())

@@ -31,11 +31,16 @@ REPEATED = re.compile(r"(\{\d*,?\d*\})\+")  # possessive here; Hugging Face's to
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`, a file of ranks (.tiktoken), a run or checkpoint, or a name of tiktoken's. Raises BadInput."""
+    """`bytes`, a file of ranks (.tiktoken), a tokenizer.json, a run or checkpoint, or a name of tiktoken's.
+
+    Raises BadInput.
+    """
     if name == "bytes":
         return make_tokenizer("bytes", r"\S+|\s+", {bytes([i]): i for i in range(256)})
     if name.endswith(".pt") or Path(name).is_dir():
         return load_checkpoint(name)[1]
+    if name.endswith(".json"):
+        return from_json(Path(name), None)
     if name.endswith(".tiktoken") or "/" in name:
         try:
             return make_tokenizer(Path(name).stem, GPT2_PATTERN, ranks_from_text(Path(name).read_bytes()))
@@ -43,7 +48,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             raise BadInput(f"--tokenizer {name} is not a file of ranks: {reason(error)}") from None
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
-        raise BadInput(f"--tokenizer {name}: want bytes, a path to ranks.tiktoken, a run, or one of {known}")
+        raise BadInput(f"--tokenizer {name}: want bytes, a path to ranks or to tokenizer.json, a run, or one of {known}")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken downloads the ranks: whatever the network did

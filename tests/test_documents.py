@@ -154,7 +154,7 @@ def test_a_broken_file_is_named_with_the_reason(name, content, words, tmp_path):
     assert all(word in line for word in [name, *words]) and "\n" not in line, line
 
 
-def test_files_are_found_by_what_they_hold(tmp_path):
+def test_files_are_found_by_what_they_hold(tmp_path, capsys):
     hidden = [".k.txt", "sub/.l.txt", ".git/m.txt"]
     named = "a.txt b.JSONL c.txt.gz d.jsonl.zst e.parquet f.png g.gz h.bin sub/i.md".split()
     for name in [*named, *hidden]:
@@ -162,6 +162,7 @@ def test_files_are_found_by_what_they_hold(tmp_path):
         (tmp_path / name).write_bytes(b"")
     found = [p.relative_to(tmp_path).as_posix() for p in find_files([str(tmp_path)])]
     assert found == ["a.txt", "b.JSONL", "c.txt.gz", "d.jsonl.zst", "e.parquet", "sub/i.md"]
+    assert "3 files are left out as no text" in capsys.readouterr().err
     for named in ("h.bin", ".k.txt", ".git"):
         assert [path.name for path in find_files([str(tmp_path / named)])] == [named.replace(".git", "m.txt")]
     with pytest.raises(BadInput, match="does not exist"):

@@ -67,6 +67,15 @@ def test_every_run_is_drawn(run):
     assert [text.get_text() for text in legend.get_legend().get_texts()] == [str(run), f"{run}/log.jsonl"]
 
 
+def test_runs_of_a_comparison_are_named_by_what_differs():
+    runs = [f"out/t-compare-3x16-20/method={who}-learning_rate=1e-05-seed={seed}-tau=0.1"
+            for who, seed in (("loop", 1), ("mor", 1), ("mor", 2))]
+    short = ["method=loop-seed=1", "method=mor-seed=1", "method=mor-seed=2"]
+    assert figures.labels_of(runs) == [f"out/t-compare-3x16-20/{name}" for name in short]
+    assert figures.labels_of(runs[1:]) == ["seed=1", "seed=2"]
+    assert figures.labels_of(runs[:1]) == runs[:1] and figures.labels_of(["a$b", "a$b"]) == ["a\\$b"] * 2
+
+
 def test_a_line_holds_the_best_for_the_flops():
     points = [(4, 2.0), (1, 3.0), (2, 3.5), (3, 2.5), (5, 2.0), (4, 2.2)]
     assert frontier(points) == [(1, 3.0), (3, 2.5), (4, 2.0)] and frontier([]) == []

@@ -57,6 +57,25 @@ def made(path, out, **settings):
     return prepare.prepare(Prepare([str(path)], out=str(out), **settings))
 
 
+def test_validation_text_of_ones_own(tmp_path, capsys):
+    """All of it, and nothing else: what stands in both is validation text."""
+    for name in ("train", "held"):
+        (tmp_path / name).mkdir()
+    for i, document in enumerate(DOCUMENTS[:12]):
+        (tmp_path / ("held" if i < 5 else "train") / f"{i}.txt").write_text(document)
+    (tmp_path / "train" / "again.txt").write_text(DOCUMENTS[0])
+    own = {"val": [str(tmp_path / "held")]}
+    splits, meta = read(made(tmp_path / "train", tmp_path / "data", **own))
+    assert sorted(splits["val"]) == sorted(DOCUMENTS[:5])
+    assert sorted(splits["train"]) == sorted(DOCUMENTS[5:12])
+    assert meta["identical"] == 1 and "more than half" not in capsys.readouterr().err
+    (tmp_path / "empty.txt").write_text(" ")
+    with pytest.raises(BadInput, match="--val=.*empty.txt leaves training or validation no document"):
+        made(tmp_path / "train", tmp_path / "data", val=[str(tmp_path / "empty.txt")], name="none")
+    with pytest.raises(BadInput, match="--task makes its own text"):
+        prepare.prepare(Prepare(task="hops", out=str(tmp_path), **own))
+
+
 @pytest.fixture
 def refused(call):
     return lambda *arguments: call("prepare", *arguments, code=2)[1]

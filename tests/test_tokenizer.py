@@ -258,3 +258,10 @@ def test_what_is_not_supported_is_named(broken, words, spec, tmp_path):
 def test_what_is_no_tokenizer_json(text, tmp_path):
     with pytest.raises(BadInput, match="tokenizer.json cannot be used"):
         read(tmp_path, text)
+
+
+def test_a_tokenizer_json_is_a_tokenizer_by_its_name(spec, tmp_path):
+    tokenizer = read(tmp_path, spec())
+    assert describe(get_tokenizer(str(tmp_path / "tokenizer.json"))) == describe(tokenizer)
+    with pytest.raises(BadInput, match="not_there.json cannot be used"):
+        get_tokenizer(str(tmp_path / "not_there.json"))
