@@ -329,7 +329,7 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, dice: l
 
 
 class AdaptiveLatentCoT(LLaMA):
-    """The method: each token thinks as long as its router wants to (§1 to §4). τ is a dial, in no state_dict."""
+    """The method: a token thinks as long as its router wants to (§1 to §4). τ is a dial, in no state_dict."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
