@@ -48,8 +48,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             raise BadInput(f"--tokenizer {name} is not a file of ranks: {reason(error)}") from None
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
-        raise BadInput(f"--tokenizer {name}: want bytes, a path to ranks.tiktoken or tokenizer.json, a run, or "
-                       f"one of {known}")
+        raise BadInput(f"--tokenizer {name}: want bytes, a path to ranks.tiktoken or tokenizer.json, a run, "
+                       f"or one of {known}")
     try:
         return tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken downloads the ranks: whatever the network did
