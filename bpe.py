@@ -19,9 +19,9 @@ EACH = 2**20  # of each document
 LONG = r"\S{1000}|\s{1000}"  # cut before it is learnt from: the time grows as the square of a word's length
 
 
-def train_bpe(files: list[Path], config, pattern: str) -> dict[bytes, int]:
+def train_bpe(files: list[Path], validation: list[Path], config, pattern: str) -> dict[bytes, int]:
     """The ranks that --tokenizer=bpe:N of config, a Prepare, wants: N tokens, <|endoftext|> among them, none
-    across the end of a word of `pattern`. Raises BadInput.
+    across the end of a word of `pattern`. validation: those of the files that --val names. Raises BadInput.
     """
     size = config.tokenizer.removeprefix("bpe:")
     if not size.isdecimal() or not 258 <= int(size) <= 2**16:
@@ -36,7 +36,7 @@ def train_bpe(files: list[Path], config, pattern: str) -> dict[bytes, int]:
     letters = {letter: byte for byte, letter in enumerate(alphabet())}
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=int(size) - 1, initial_alphabet=list(letters),
                                              show_progress=False)
-    learner.train_from_iterator(training_text(files, config), trainer)
+    learner.train_from_iterator(training_text(files, validation, config), trainer)
     ranks = {bytes([i]): i for i in range(256)}
     vocabulary = learner.get_vocab()
     for token in sorted(vocabulary, key=vocabulary.get):  # in the order in which they were merged
@@ -47,31 +47,36 @@ def train_bpe(files: list[Path], config, pattern: str) -> dict[bytes, int]:
     return ranks
 
 
-def training_text(files: list[Path], config) -> Iterator[str]:
+def training_text(files: list[Path], validation: list[Path], config) -> Iterator[str]:
     """The beginnings of the documents that become training text, as long as MOST allows.
 
     Where so few documents are there that prepare.py cuts its validation text off the end of all text, what is
     learnt from ends well before that.
     """
+    held = {digest for _, _, digest in beginnings(validation, config)}
+
+    def held_out(digest: bytes) -> bool:
+        return digest in held if validation else validates(digest, config.val_fraction)
+
     total = 0  # characters
     sides = set()  # whether some are held out, and some not
-    for _, size, held_out in beginnings(files, config):
+    for _, size, digest in beginnings(files, config):
         total += size
-        sides.add(held_out)
-    cut = len(sides) == 1
+        sides.add(held_out(digest))
+    cut = len(sides) == 1 and not validation
     room = int(total * (1 - config.val_fraction) ** 2) if cut else total  # of all text, may be learnt from
     left = MOST
-    for text, size, held_out in beginnings(files, config):
+    for text, size, digest in beginnings(files, config):
         if min(left, room) <= 0:
             return
-        if cut or not held_out:
+        if cut or not held_out(digest):
             yield text[:room]
             left -= len(text)
             room -= size
 
 
-def beginnings(files: list[Path], config) -> Iterator[tuple[str, int, bool]]:
-    """Of each document: its first characters, how many it has, and whether it is to be validation text."""
+def beginnings(files: list[Path], config) -> Iterator[tuple[str, int, bytes]]:
+    """Of each document: its first characters, how many it has, and the SHA-256 of them all."""
     for path in files:
         text = ""
         size = 0
@@ -82,7 +87,7 @@ def beginnings(files: list[Path], config) -> Iterator[tuple[str, int, bool]]:
             text += new[: EACH - len(text)]
             size += len(new)
             if piece.ends:
-                yield text, size, validates(digest.digest(), config.val_fraction)
+                yield text, size, digest.digest()
                 text = ""
                 size = 0
                 digest = hashlib.sha256()

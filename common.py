@@ -89,8 +89,8 @@ def check_output(path: str | Path, flag: str, make: bool = False) -> None:
 def about(device: str = "") -> dict:
     """Machine (the GPU where --device means one of CUDA's, else the CPU), versions and commit of a result."""
     import torch
-    changed = git("status", "--porcelain", "--", "*.py") + git("diff", "HEAD", "--", "*.py")
-    dirty = f"-dirty-{zlib.crc32(changed.encode()):08x}" if changed else ""  # which changes, too
+    code = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    dirty = f"-dirty-{code:08x}" if git("status", "--porcelain", "--", "*.py") else ""  # which changes, too
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
     cpu = f"{[*names, platform.processor()][0]}, {torch.get_num_threads()} threads"
@@ -103,7 +103,7 @@ def git(*words: str) -> str:
     """What a git command prints about this folder; empty where there is no git."""
     words = ["git", "-C", str(Path(__file__).parent), *words]
     there = shutil.which("git")
-    return subprocess.run(words, capture_output=True, text=True).stdout.strip() if there else ""
+    return subprocess.run(words, capture_output=True, encoding="latin-1").stdout.strip() if there else ""
 
 
 # --------------------------------------------------------------------------------------------------- devices
@@ -215,12 +215,12 @@ def save_checkpoint(path: str | Path, model, tokenizer, weights=None, **rest) ->
     """
     import torch
     from tokenizer import describe, ranks_to_text
-    weights = {n: w.float() for n, w in (model.state_dict() if weights is None else weights).items()}
+    weights = model.state_dict() if weights is None else weights
     for name, tensor in weights.items():
         check_tensor(f"{path} is not written: {name}", tensor, tensor)
     ranks = torch.frombuffer(bytearray(ranks_to_text(tokenizer)), dtype=torch.uint8)
-    config = asdict(model.config) | {"tau": model.tau}  # which a budget has moved
-    about_model = {"format": FORMAT, "config": config, "model": weights}
+    wide = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}  # as it is loaded
+    about_model = {"format": FORMAT, "config": asdict(model.config) | {"tau": model.tau}, "model": wide}
     older = Path(path).parent.glob(Path(path).name.replace(".pt", ".[ab]")) if Path(path).exists() else ()
     with whole(path) as file:
         torch.save(about_model | {"tokenizer": describe(tokenizer), "ranks": ranks} | rest, file)

@@ -190,6 +190,8 @@ class Runs:
     def make(self, wanted: list[Run]) -> None:
         """Trains the wanted runs that are not there yet, `jobs` at a time."""
         missing = [run for run in wanted if run not in self.finished]
+        if old := {self.finished[run]["commit"] for run in {*wanted} - {*missing}} - {self.about["commit"]}:
+            print(f"{self.path}: runs of commit {', '.join(sorted(old))} are not made again", flush=True)
         if not missing:
             return
         data = Data(self.settings.data, self.settings.block_size, self.settings.train_tokens)
@@ -252,8 +254,6 @@ def main() -> None:
         optional("matplotlib.figure", "--plot")
     on_end(signal.default_int_handler)  # stops the runs, as Ctrl-C does
     runs = Runs(settings)
-    if others := {result["commit"] for result in runs.finished.values()} - {runs.about["commit"]}:
-        print(f"{runs.path} holds runs of other code ({', '.join(sorted(others))}): they are not made again")
     kinds = {kind.who: kind for kind in (plain_run(who, settings) for who in settings.methods)}
 
     if "rates" in settings.parts:  # each at its own best learning rate, found on the first seed

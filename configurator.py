@@ -278,7 +278,8 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
             for key, value, where in _read(word):
                 if key in others and key not in kinds:
                     if key == "init_from" and value:  # passed over, another model would be measured
-                        raise BadInput(f"{where}: init_from is not read here, but by {also} alone")
+                        raise BadInput(f"{where}: init_from is not read here, but by {also} alone: "
+                                       "take a copy of the file without it, and with the shape")
                     continue
                 _check_known(key, kinds, where)
                 values[key] = None

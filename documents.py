@@ -55,8 +55,9 @@ def find_files(inputs: list[str]) -> list[Path]:
             found = sorted(p for p in there if kind(p) in TEXT | RECORDS)
             others = Counter(p.suffix or "no suffix" for p in there if kind(p) not in TEXT | RECORDS)
             if others:
-                most = ", ".join(f"{count} × {suffix}" for suffix, count in others.most_common(5))
-                print(f"{path}: {others.total()} files are left out as no text: {most}", file=sys.stderr)
+                most = sorted(others, key=lambda suffix: (-others[suffix], suffix))[:5]
+                most = ", ".join(f"{others[suffix]} × {suffix}" for suffix in most)
+                print(f"left out of {path}, as no text: {most}", file=sys.stderr)
             if not found:
                 raise BadInput(f"{path} holds no text: want .txt, .md, source files, .jsonl or .parquet; "
                                "text and .jsonl also as .gz and .zst")

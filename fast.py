@@ -5,14 +5,13 @@ The model knows nothing of them: they are put on it from outside, on one model a
 
 import warnings
 import weakref
-from functools import partial
+from functools import cache, partial
 
 import torch
 
 from common import BadInput, precision, reason
 from costs import COMPILED_CHUNK
 from log import additive_mask, broken_compiler
-from model import Block
 
 PACKED = 2**16  # elements from which on a matrix is packed for decoding on a CPU
 ALONE = 384  # height and width from which on a packed matrix is also faster with a single row
@@ -43,12 +42,13 @@ def compile_training(model) -> None:
     torch._dynamo.config.specialize_float = True  # that of a norm never changes
     torch._dynamo.config.optimize_ddp = False  # it would cut blocks apart
     torch._dynamo.config.recompile_limit = 64  # first pass or later, all live or some, many or few
-    plain = Block.forward, Block.before, Block.after
-    whole, before, after = (torch.compile(part, dynamic=True) for part in plain)
+    once = cache(partial(torch.compile, dynamic=True))
     for block in model.blocks:  # partial, as a copy of the model takes that with it, its own block within
-        block.forward = partial(whole_or_parts, whole, Block.forward, block)
-        block.before = partial(before, block)
-        block.after = partial(after, block)
+        whole, before, after = (partial(once(method.__func__), block)
+                                for method in (block.forward, block.before, block.after))
+        block.forward = partial(whole_or_parts, whole, block.forward)
+        block.before = before
+        block.after = after
     model.nats_of = torch.compile(model.nats_of)
     if model.embed.weight.is_cuda and not model.config.exit_loss:  # or each exit would keep so many
         model.chunk = COMPILED_CHUNK
@@ -124,7 +124,6 @@ def pack(linear) -> None:
     it is where this PyTorch cannot.
     """
     weight = linear.weight
-    version = weight._version  # of what is packed
     fit = weight.device.type == "cpu" and weight.dtype == torch.float32
     if not (fit and torch.backends.mkldnn.is_available()):
         return
@@ -135,16 +134,22 @@ def pack(linear) -> None:
         return
 
     small = min(weight.shape) < ALONE
+    of_packed = version(weight)
 
     def forward(own, plain, x):
         costly = small and x.numel() == x.size(-1)  # what oneDNN spends on a call is more than it gains
         if costly or torch.compiler.is_compiling():  # which packs what is constant by itself, or not at all
             return plain(x)
-        if own.weight is not weight or weight._version != version:  # a copy's, or others by now
+        if own.weight is not weight or version(weight) != of_packed:  # a copy's, or others by now
             return plain(x)
         return multiply(x, packed, own.bias, "none", [], "")
 
     linear.forward = partial(forward, linear, linear.forward)  # with itself, as a copy has its own
+
+
+def version(tensor) -> tuple:
+    """Another one where a tensor has been changed since; not where .data was, in place."""
+    return tensor.data_ptr(), tensor.dtype, tensor.is_inference() or tensor._version
 
 
 class Still:

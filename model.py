@@ -8,7 +8,7 @@ hidden state is fed back in as the next input: the token enters column k + 1. Wh
 * Live tokens are packed: a pass computes N rows, one per live token, and nothing for a token that has halted.
 * Decoding goes in ticks: one state for each row, whatever its column, so that no row waits for another.
 * The vanilla part is Meta's LLaMA: its weights load into Hugging Face's LlamaForCausalLM unchanged.
-* Router, reach, exit mass, softmax and losses are fp32, also under bf16 autocast, and so are all weights.
+* Router, reach, exit mass, softmax and losses are fp32, also under bf16 autocast, and weights in training.
 
 Shapes: B rows, T tokens of a row, N packed states, d width, H heads, G of keys and values, hd their width.
 """

@@ -239,8 +239,7 @@ def prepare(config: Prepare) -> Path:
         raise BadInput(f"--name={name} must be the name of a folder in {config.out}, such as --name=books")
     folder = Path(config.out) / name
     if config.tokenizer.startswith("bpe:"):
-        learns = replace(config, val_fraction=0.0) if config.val else config  # from all that is to train
-        ranks = train_bpe(files, learns, GPT2_PATTERN)
+        ranks = train_bpe(files, validation, config, GPT2_PATTERN)
         tokenizer = make_tokenizer("bpe", GPT2_PATTERN, ranks)
     else:
         tokenizer = get_tokenizer(config.tokenizer)
@@ -288,11 +287,13 @@ def is_prepared(folder: Path, wanted: dict) -> bool:
         same = settings == wanted["settings"] and meta["tokenizer"] == wanted["tokenizer"]
         inputs = meta.get("inputs", wanted["inputs"])
         changed = sorted(path for path, _ in inputs.items() ^ wanted["inputs"].items())
+        now = wanted["inputs"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{folder} exists, and is not a folder of prepare.py: choose another --name") from None
     problem = "with other settings"
     if same:
-        problem = f"and {changed[0]} has changed since" if changed else ""
+        gone = ", as it is not read any more" if changed and changed[0] not in now else ""
+        problem = f"and {changed[0]} has changed since{gone}" if changed else ""
     try:
         Data(str(folder), 0)
     except BadInput as error:
@@ -342,7 +343,7 @@ class Data:
         for split, tokens in self.tokens.items():
             if len(tokens) <= block_size:
                 raise BadInput(f"{folder}/{split}.bin has {len(tokens)} tokens, a window {block_size + 1}: a "
-                               "lower --block_size, or prepare.py with another --val_fraction or more text")
+                               "lower --block_size, or prepare.py with another --val_fraction, --val or text")
         known = {name: value for name, value in self.meta.items() if name not in ("settings", "inputs")}
         self.fingerprint = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 

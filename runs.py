@@ -453,7 +453,7 @@ def check_moments(where: str, saved: dict, optimizer: torch.optim.Optimizer) -> 
     """Raises BadInput where Adam's state does not fit its parameters: fused, it would read past their end.
     Another optimizer knows its own.
     """
-    if type(optimizer).__name__ != "AdamW":
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
         return
     parameters = parameters_of(optimizer)
     count = torch.zeros(())

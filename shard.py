@@ -226,8 +226,10 @@ def first_reason(error: BaseException) -> str:
 
 def resume_parts(folder: Path, model: LLaMA, optimizer: torch.optim.Optimizer, begun: bool) -> None:
     """Fills a model and its optimizer, shared out or not. begun: whether a step was done, so that there are
-    moments.
+    moments. Raises BadInput.
     """
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+        raise BadInput(f"{folder}: from a checkpoint in parts only AdamW can go on, as its moments are known")
     trained = [parameter for parameter in parameters_of(optimizer) if parameter.requires_grad]
     for parameter in trained if begun else []:
         count = torch.zeros((), device=local(parameter).device)

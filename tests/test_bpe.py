@@ -50,6 +50,15 @@ def test_fewer_tokens_than_were_wanted_are_spoken_of(tmp_path, capsys):
     assert found < 5000 and f"bpe:5000 has only {found} tokens" in capsys.readouterr().err
 
 
+def test_validation_text_of_ones_own_stays_unseen(tmp_path):
+    """Also where it lies among the other text, or a copy of it does."""
+    folder = write(tmp_path / "texts", [*TEXTS, "QUUX " * 90, "QUUX " * 90])
+    data = data_of(folder, 5000, val=[str(folder / f"{len(TEXTS)}.txt".zfill(7))])
+    tokens = [data.tokenizer.decode_single_token_bytes(i) for i in range(data.tokenizer.n_vocab)]
+    assert b"QU" not in b" ".join(tokens) and b"function" in b" ".join(tokens)
+    assert data.meta["val"]["documents"] == 1 and data.meta["train"]["documents"] == len(TEXTS)
+
+
 def test_a_word_without_end_is_learnt_from_in_pieces(tmp_path):
     """A base64 text, or a gene: learning from it whole would take the square of its length."""
     folder = write(tmp_path / "texts", [*TEXTS, "ab" * 20_000])

@@ -37,13 +37,15 @@ def test_a_result_says_what_made_it(monkeypatch):
     assert about("cpu")["machine"] == found["machine"], "that of the CPU, where it is asked for"
 
 
-def test_a_result_tells_changed_code_apart(monkeypatch):
-    """By the changes that are not committed, or not even known to git."""
-    said = {"status": "", "diff": "", "rev-parse": "abc"}
+def test_a_result_tells_changed_code_apart(monkeypatch, tmp_path):
+    """By the changes that are not committed, or not even known to git, of whatever bytes."""
+    said = {"status": "", "rev-parse": "abc"}
     monkeypatch.setattr("common.git", lambda word, *_: said[word])
+    monkeypatch.setattr("common.__file__", str(tmp_path / "common.py"))
     found = [about()["commit"]]
-    for status, diff in (("M a.py", "+1"), ("M a.py", "+2"), ("? b.py", "")):
-        said |= {"status": status, "diff": diff}
+    said["status"] = "M a.py"
+    for name, content in (("a.py", b"x = 1"), ("a.py", b"x = 2"), ("b.py", b"# caf\xe9")):
+        (tmp_path / name).write_bytes(content)
         found.append(about()["commit"])
     assert found[0] == "abc" and len({*found}) == 4
     assert all(name.startswith("abc-dirty-") for name in found[1:])
@@ -54,6 +56,9 @@ def test_weights_of_low_precision_are_saved_as_they_are_loaded(tmp_path):
     save_checkpoint(tmp_path / "ckpt.pt", model, TOKENIZER)
     loaded = load_checkpoint(tmp_path)[0]
     assert all(torch.equal(a.float(), b) for a, b in zip(model.parameters(), loaded.parameters()))
+    weights = model.state_dict() | {"count": torch.tensor([3])}
+    save_checkpoint(tmp_path / "counted.pt", model, TOKENIZER, weights)
+    assert torch.load(tmp_path / "counted.pt")["model"]["count"].dtype == torch.int64
 
 
 def test_a_table_is_aligned():

@@ -162,7 +162,7 @@ def test_files_are_found_by_what_they_hold(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"")
     found = [p.relative_to(tmp_path).as_posix() for p in find_files([str(tmp_path)])]
     assert found == ["a.txt", "b.JSONL", "c.txt.gz", "d.jsonl.zst", "e.parquet", "sub/i.md"]
-    assert "3 files are left out as no text" in capsys.readouterr().err
+    assert "as no text: 1 × .bin, 1 × .gz, 1 × .png" in capsys.readouterr().err
     for named in ("h.bin", ".k.txt", ".git"):
         assert [path.name for path in find_files([str(tmp_path / named)])] == [named.replace(".git", "m.txt")]
     with pytest.raises(BadInput, match="does not exist"):

@@ -17,6 +17,7 @@ from conftest import said, text
 from conftest import uneven as make
 from fast import compile_ticks, compile_training, compiles, fuse_norms, lay_out
 from log import Log, broken_compiler
+from model import Block
 
 QWEN = {"head_dim": 12, "n_kv_head": 2, "qkv_bias": True, "qk_norm": True}
 SHAPES = [*((method, {}) for method in METHODS), ("adaptive", QWEN), ("adaptive", {"weigh_values": True})]
@@ -154,6 +155,43 @@ def test_a_copy_computes_with_its_own_weights(fast_path, monkeypatch):
     assert said(model, prompts, 6) == said(other, prompts, 6) != wanted
     copied.load_state_dict(other.state_dict())
     assert said(copied, prompts, 6) == said(other, prompts, 6)
+
+
+class Doubling(Block):
+    def after(self, x, y):
+        return 2 * super().after(x, y)
+
+
+def test_a_block_of_ones_own_is_compiled_as_it_is(monkeypatch):
+    torch._dynamo.reset()
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: plain(f, backend="eager", **options))
+    model = make()
+    for block in model.blocks[1:]:
+        block.__class__ = Doubling
+    wanted, grad_free = model(text(), text(seed=3)).loss, said(model, [[1, 2]], 4)
+    compile_training(model)
+    torch.testing.assert_close(model(text(), text(seed=3)).loss, wanted)
+    assert said(model, [[1, 2]], 4) == grad_free
+
+
+def test_weights_of_inference_are_laid_out_and_others_noticed(monkeypatch):
+    monkeypatch.setattr(fast, "PACKED", 0)
+    monkeypatch.setattr(fast, "ALONE", 0)
+    with torch.inference_mode():
+        model = make()
+        wanted = said(model, [[1, 2], [3]], 4)
+        lay_out(model)
+        assert said(model, [[1, 2], [3]], 4) == wanted
+    model = make()
+    lay_out(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 2
+    twice = make()
+    for parameter in twice.parameters():
+        parameter.data = parameter.data * 2
+    with torch.no_grad():
+        torch.testing.assert_close(model(text()).logits, twice(text()).logits)
 
 
 def test_fused_norms_can_be_sent_to_a_process():
