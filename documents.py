@@ -56,8 +56,8 @@ def find_files(inputs: list[str]) -> list[Path]:
             others = Counter(p.suffix or "no suffix" for p in there if kind(p) not in TEXT | RECORDS)
             if others:
                 most = sorted(others, key=lambda suffix: (-others[suffix], suffix))[:5]
-                most = ", ".join(f"{others[suffix]} × {suffix}" for suffix in most)
-                print(f"left out of {path}, as no text: {most}", file=sys.stderr)
+                said = ", ".join(f"{others[suffix]} × {suffix}" for suffix in most)
+                print(f"left out of {path}, as no text: {said}", file=sys.stderr)
             if not found:
                 raise BadInput(f"{path} holds no text: want .txt, .md, source files, .jsonl or .parquet; "
                                "text and .jsonl also as .gz and .zst")
