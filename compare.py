@@ -190,8 +190,8 @@ class Runs:
     def make(self, wanted: list[Run]) -> None:
         """Trains the wanted runs that are not there yet, `jobs` at a time."""
         missing = [run for run in wanted if run not in self.finished]
-        if old := {self.finished[run]["commit"] for run in {*wanted} - {*missing}} - {self.about["commit"]}:
-            print(f"{self.path}: runs of commit {', '.join(sorted(old))} are not made again", flush=True)
+        if old := {self.finished[r].get("commit") for r in {*wanted} - {*missing}} - {self.about["commit"]}:
+            print(f"{self.path}: runs of commit {', '.join(sorted(map(str, old)))} are not made again")
         if not missing:
             return
         data = Data(self.settings.data, self.settings.block_size, self.settings.train_tokens)

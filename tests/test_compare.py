@@ -172,6 +172,10 @@ def test_finished_runs_are_read_back(compared, tmp_path):
     compared(*arguments, "--seeds=2")
     assert 0 < len(calls(tmp_path)) - made < made, "only what the second seed wants is new"
     assert stored(tmp_path)["runs"][: len(kept["runs"])] == kept["runs"]
+    path = tmp_path / "results" / "quality-3x16-20.json"
+    path.write_text(path.read_text().replace('"commit": "', '"commit": "another'))
+    out = compared(*arguments)
+    assert "runs of commit another" in out and "are not made again" in out
 
 
 def test_a_run_that_diverges_is_a_result(compared, tmp_path):
