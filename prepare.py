@@ -8,7 +8,7 @@
 What is notable here:
 * It needs no network: the default corpus is on every machine, and a tokenizer can be a file of ranks.
 * Every tokenizer is a tiktoken.Encoding, bytes too; its ranks lie beside the tokens, and in checkpoints.
-* Whether a document is validation text is decided by its own hash: the same in any order, on any machine.
+* Without --val a document's own hash decides whether it is validation text: the same in any order, anywhere.
   Identical documents count once.
 * Text is read, encoded and written in pieces: memory does not grow with the size of a file or a document.
 * All is written to a temporary folder, renamed at the end: an interrupted run leaves none that looks whole.
