@@ -287,12 +287,11 @@ def is_prepared(folder: Path, wanted: dict) -> bool:
         same = settings == wanted["settings"] and meta["tokenizer"] == wanted["tokenizer"]
         inputs = meta.get("inputs", wanted["inputs"])
         changed = sorted(path for path, _ in inputs.items() ^ wanted["inputs"].items())
-        now = wanted["inputs"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise BadInput(f"{folder} exists, and is not a folder of prepare.py: choose another --name") from None
     problem = "with other settings"
     if same:
-        gone = ", as it is not read any more" if changed and changed[0] not in now else ""
+        gone = ", as it is not read any more" if changed and changed[0] not in wanted["inputs"] else ""
         problem = f"and {changed[0]} has changed since{gone}" if changed else ""
     try:
         Data(str(folder), 0)

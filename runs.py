@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -259,8 +260,7 @@ def say_stopped(step: int, path: Path) -> None:
 
 def check_finite(numbers: dict[str, float], step: int, path: Path) -> None:
     """Ends a run that has diverged, with exit code 3. What its last checkpoint, at path, holds is finite."""
-    finite = {name: bool(torch.as_tensor(value).isfinite().all()) for name, value in numbers.items()}
-    wrong = [f"{name} {numbers[name]}" for name in numbers if not finite[name]]
+    wrong = [f"{name} {value}" for name, value in numbers.items() if not np.isfinite(np.asarray(value)).all()]
     if not wrong:
         return
     if RANK == 0:
