@@ -191,12 +191,13 @@ class Contestant:
         products, attention = forward_flops(self.model, self.steps.cpu())  # Apple's GPUs have no float64
         self.found["FLOPs"].append(float(training_flops(products, attention)) / self.idx.numel())
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def measure_prefill(self) -> None:
         with autocast(self.device, self.bench.dtype):
             took = timed(lambda: self.decoder.hidden(self.idx, Cache()), self.device)
         self.found["prefill"].append(took / self.idx.numel())
 
+    @torch.inference_mode()
     def measure_decoding(self, batch: int) -> None:
         """Time per token after a prompt of half the context: once all rows have spoken, before one ends."""
         half = max(1, self.config.block_size // 2)

@@ -93,6 +93,14 @@ def fuse_norms(model) -> None:
             module.forward = partial(fused_norm, module)
 
 
+def quick_norm(module, eps, x):
+    """The forward of an RMSNorm in fewer calls. eps is a tensor: on one row a number costs more than a sum."""
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        return torch.nn.RMSNorm.forward(module, x)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x * torch.addcmul(eps, norm, norm, value=1 / x.size(-1)).rsqrt() * module.weight
+
+
 def lay_out(model, dtype=None) -> None:
     """Stores the matrices of blocks and head as decoding reads them fastest. Not to train on.
 
@@ -101,21 +109,24 @@ def lay_out(model, dtype=None) -> None:
     product with 4 to 63 rows then takes MKL half the time at small widths, one with a single row takes
     as long as before. Large ones are kept a second time, in the packed form of oneDNN (see `pack`); not those
     of a model of a billion weights, as there may be no room. Weights of bfloat16 on a CPU stay as they are:
-    oneDNN multiplies with them.
+    oneDNN multiplies with them. Where all is float32, norms are those of `quick_norm`.
     """
     if model.head.weight is model.embed.weight:  # the embedding is read row by row, and stays as it is
         model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    dtype = dtype or precision(model.head.weight.device)
+    by_input = model.head.weight.is_cpu and dtype == torch.float32
     for parameter in (*model.blocks.parameters(), model.head.weight):
         if parameter.dim() == 2:
-            weight = parameter.data.to(dtype or precision(parameter.device))
-            by_input = weight.device.type == "cpu" and weight.dtype == torch.float32
+            weight = parameter.data.to(dtype)
             parameter.data = weight.T.contiguous().T if by_input else weight.contiguous()
     total = sum(parameter.numel() for parameter in model.parameters())
-    for module in (*model.blocks.modules(), model.head):
-        if isinstance(module, torch.nn.Linear):
+    for module in (*model.blocks.modules(), model.norm, model.head):
+        if isinstance(module, (torch.nn.RMSNorm, torch.nn.Linear)):
             vars(module).pop("forward", None)  # of an earlier layout
-            if module.weight.numel() >= PACKED and total < 10**9:
-                pack(module)
+        if type(module) is torch.nn.RMSNorm and by_input:
+            module.forward = partial(quick_norm, module, torch.tensor(module.eps))
+        if isinstance(module, torch.nn.Linear) and module.weight.numel() >= PACKED and total < 10**9:
+            pack(module)
 
 
 def pack(linear) -> None:

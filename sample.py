@@ -158,7 +158,7 @@ def main() -> None:
         say("compiling; the first tokens take a while")
         compile_ticks(model)
 
-    with torch.no_grad(), autocast(device, config.dtype):
+    with torch.inference_mode(), autocast(device, config.dtype):
         prompt = read_by(model, tokenizer, ids)
         colours = wants_colour(sys.stdout) and not config.plain
         if colours:

@@ -186,18 +186,29 @@ def test_weights_of_inference_are_laid_out_and_others_noticed(monkeypatch):
     model = make()
     lay_out(model)
     for parameter in model.parameters():
-        parameter.data = parameter.data * 2
-    twice = make()
-    for parameter in twice.parameters():
-        parameter.data = parameter.data * 2
+        parameter.data = parameter.data * 0.8
+    other = make()
+    for parameter in other.parameters():
+        parameter.data = parameter.data * 0.8
     with torch.no_grad():
-        torch.testing.assert_close(model(text()).logits, twice(text()).logits)
+        torch.testing.assert_close(model(text()).logits, other(text()).logits)
 
 
 def test_fused_norms_can_be_sent_to_a_process():
     model = make()
     fuse_norms(model)
     assert torch.equal(pickle.loads(pickle.dumps(model))(text()).logits, model(text()).logits)
+
+
+def test_a_quick_norm_is_a_norm():
+    """Also where eps is most of it, and where gradients are wanted after all."""
+    norm = torch.nn.RMSNorm(48, 1e-5)
+    torch.nn.init.normal_(norm.weight)
+    for shape, size in itertools.product(((1, 48), (65, 48), (3, 2, 48), (0, 48)), (1e-6, 1e-3, 1.0, 1e4)):
+        x = size * torch.randn(shape, requires_grad=True)
+        y = fast.quick_norm(norm, torch.tensor(norm.eps), x)
+        torch.testing.assert_close(y, norm(x), rtol=1e-5, atol=1e-6 * size)
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(norm(x).sum(), x))
 
 
 def test_a_packed_product_is_that_of_one_row_and_of_many():
