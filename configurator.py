@@ -260,10 +260,7 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
     if "--help" in words or "-h" in words:
         print(_help(Path(inspect.getsourcefile(cls)), cls.__name__, positional, words, default))
         sys.exit(0)
-    if default and not _config_files(words):
-        words.insert(0, str(default))
     kinds = typing.get_type_hints(cls)
-    others = _fields(Path(__file__).with_name(also), Path(also).stem.title()) if also else {}
     free = list(positional)
     values = {}
     while words:
@@ -275,23 +272,16 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
             texts = [text] if equals else _take(words, kinds[key])
             values[key] = _parse(texts, kinds[key], key, f"--{key}")
         elif word.endswith(".py") and (os.path.exists(word) or not free):  # else a prompt
-            for key, value, where in _read(word):
-                if key in others and key not in kinds:
-                    if key == "init_from" and value:  # passed over, another model would be measured
-                        raise BadInput(f"{where}: init_from is not read here, but by {also} alone: "
-                                       "take a copy of the file without it, and with the shape")
-                    continue
-                _check_known(key, kinds, where)
-                values[key] = None
-                if value is not None or type(None) not in typing.get_args(kinds[key]):
-                    texts = _texts(value, kinds[key], f"{where}: {key}")
-                    values[key] = _parse(texts, kinds[key], key, f"{where}: {key}")
+            values |= _settings(word, kinds, also)
+            default = None
         elif free:
             key = free.pop(0)
             more = _take(words, kinds[key]) if typing.get_origin(kinds[key]) is list else []
             values[key] = _parse([word, *more], kinds[key], key, key)
         else:
             raise BadInput(f"{word!r} is neither a config file (.py) nor --key=value")
+    if default:
+        values = _settings(default, kinds, also) | values
     for own in fields(cls):
         if values.get(own.name) == [] and own.default_factory is not list:
             raise BadInput(f"--{own.name} is empty, but must hold something")
@@ -301,8 +291,22 @@ def configure(cls, argv: list[str] | None = None, positional: tuple[str, ...] = 
         raise BadInput(str(error)) from None
 
 
-def _config_files(words: list[str]) -> list[str]:
-    return [word for word in words if word.endswith(".py") and not word.startswith("--")]
+def _settings(path: str | Path, kinds: dict, also: str) -> dict:
+    """What a config file says of fields of these kinds: name → value. `also` as in `configure`."""
+    others = _fields(Path(__file__).with_name(also), Path(also).stem.title()) if also else {}
+    values = {}
+    for key, value, where in _read(path):
+        if key in others and key not in kinds:
+            if key == "init_from" and value:  # passed over, another model would be measured
+                raise BadInput(f"{where}: init_from is not read here, but by {also} alone: "
+                               "take a copy of the file without it, and with the shape")
+            continue
+        _check_known(key, kinds, where)
+        values[key] = None
+        if value is not None or type(None) not in typing.get_args(kinds[key]):
+            texts = _texts(value, kinds[key], f"{where}: {key}")
+            values[key] = _parse(texts, kinds[key], key, f"{where}: {key}")
+    return values
 
 
 def _read(path: str | Path) -> list[tuple]:
@@ -445,7 +449,8 @@ def answer_help(file: str, default: Path | None = None) -> None:
 
 def _help(file: Path, cls: str, positional: tuple[str, ...], words: list[str], default: Path | None) -> str:
     fields = _fields(file, cls)
-    for path in _config_files(words) or filter(None, [default]):
+    named = [word for word in words if word.endswith(".py") and not word.startswith("--")]
+    for path in named or filter(None, [default]):
         with suppress(BadInput):  # it may be a value, such as that of --input
             for name, value, _ in _read(path):
                 if name in fields:

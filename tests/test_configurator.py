@@ -238,6 +238,17 @@ def test_a_bare_argument_that_is_no_file_is_no_config_file(tmp_path):
         configure(Settings, [str(tmp_path / "b.py")])
 
 
+def test_the_value_of_a_flag_is_no_config_file(tmp_path):
+    """Nor does it stand for one: the default is read."""
+    default = tmp_path / "default.py"
+    default.write_text("steps = 3")
+    for argv in (["--run", "b.py"], ["--names", "b.py", "c.py"], ["--fast", "--run", f"{default}"]):
+        assert configure(Settings, argv, default=default).steps == 3
+    (tmp_path / "own.py").write_text("rate = 1")
+    assert configure(Settings, ["--fast", f"{tmp_path}/own.py"], default=default).steps == 10
+    assert configure(Settings, ["--steps=4"], default=default).steps == 4
+
+
 @pytest.mark.parametrize("source,words", [
     ("steps = open('{made}', 'w')", ["line 1", "steps"]), ("import os", ["line 1", "plain assignments"]),
     ("steps = 2 +", ["line 1"]), ("stpes = 2", ["line 1", "'steps'"]), ("steps = 'two'", ["line 1", "whole"]),
