@@ -12,6 +12,7 @@ What is notable here:
 import ast
 import difflib
 import errno
+import importlib.util
 import inspect
 import json
 import os
@@ -434,17 +435,28 @@ def _parse(texts: list[str], kind, key: str, where: str):
 
 def answer_help(file: str, default: Path | None = None) -> None:
     """Prints the help of a script and exits, if the script is the one that runs and --help was asked for.
+    Ends it with one line, too, where a package is missing.
 
     To be called above the imports that take long. `default`: the config file where none is named.
     The class and the positional arguments are read where the script says `configure(Class, positional=(…))`.
     """
     words = sys.argv[1:]
-    if Path(sys.argv[0]).resolve() == Path(file).resolve() and {"--help", "-h"} & set(words):
+    if Path(sys.argv[0]).resolve() != Path(file).resolve():
+        return
+    if {"--help", "-h"} & set(words):
         source = Path(file).read_text(encoding="utf-8")
         call = re.search(r"\bconfigure\((\w+)(?:[^()]*positional=(\([^)]*\)))?", source)
         positional = ast.literal_eval(call[2] or "()")
         run(lambda: print(_help(Path(file), call[1], positional, words, default)))
         sys.exit(0)
+    run(_check_installed)
+
+
+def _check_installed() -> None:
+    for package in ("torch", "numpy", "tiktoken", "tqdm"):
+        if not importlib.util.find_spec(package):
+            raise BadInput(f"{package} is not installed for {sys.executable}: there, or in an environment of "
+                           "your own, pip install -r requirements.txt")
 
 
 def _help(file: Path, cls: str, positional: tuple[str, ...], words: list[str], default: Path | None) -> str:

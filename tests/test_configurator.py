@@ -358,6 +358,13 @@ def test_help_of_a_script_shows_what_applies_and_needs_no_torch(script):
         assert any(line.startswith(shown) for line in out.splitlines()), (shown, out)
 
 
+def test_a_missing_package_is_one_line():
+    ran = subprocess.run([sys.executable, "-S", str(ROOT / "train.py")], capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": ""})  # without site-packages
+    assert ran.returncode == 2 and ran.stderr.startswith("train.py: torch is not installed")
+    assert ran.stderr.count("\n") == 1 and "requirements.txt" in ran.stderr
+
+
 # --------------------------------------------------------------------------------------------------- messages
 
 
