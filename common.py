@@ -19,8 +19,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from configurator import (BadInput, answer_help, check_apart, check_items, check_range,  # noqa: F401
-                          check_read, check_typed, configure, enough_memory, read_json, reason, run, unusable)
+from configurator import (BadInput, answer_help, check_apart, check_items, check_no_run,  # noqa: F401
+                          check_range, check_read, check_typed, configure, enough_memory, is_ours, read_json,
+                          reason, run, unusable)
 
 FORMAT = "nanoLatentCoT 1"
 TINY = Path(__file__).parent / "config" / "tiny.py"  # the config file where none is named
@@ -71,12 +72,15 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
 
 
 def check_output(path: str | Path, flag: str, make: bool = False) -> None:
-    """Raises BadInput, which names flag, where no file can be written at path. `make` makes its folder."""
+    """Raises BadInput, which names flag, where no file can be written at path, or a file of train.py or
+    prepare.py is there, of whatever run or data. `make` makes its folder."""
     try:
         real = Path(path).resolve()
         half = real.with_name(f".{real.name}.tmp")  # of `whole`: a name that is too long raises here
         if half.is_dir() or real.exists() and not real.is_file():
             raise BadInput(f"{flag}={path} is a folder or a device; want the name of a file")
+        if real.exists() and is_ours(real.name):
+            raise BadInput(f"{flag}={path} is there, and of train.py or prepare.py: want another name")
         if make:
             real.parent.mkdir(parents=True, exist_ok=True)
         if not real.parent.is_dir():
@@ -186,20 +190,14 @@ def check_predictions(numbers) -> None:
         raise BadInput("the model's predictions are not finite (NaN or infinity): its training has diverged")
 
 
-def check_no_run(folder: Path, advice: str) -> None:
-    """Raises BadInput, which ends with the advice, where a folder holds a run, or a part of one."""
-    for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json", "ckpt-*.pt"):  # the last: of --keep_every
-        for path in folder.glob(name):
-            raise BadInput(f"{folder} holds a run already ({path.name}): {advice}")
-
-
 def turn(model, run: str, tau: float | None, max_latent: int | None) -> None:
     """Sets τ and ℓ_max of a loaded model, where they are given. Raises BadInput where they turn nothing."""
+    from schedule import is_adaptive
     config = model.config
     thinks = config.method != "vanilla" and config.max_latent > 0
-    if tau is not None and not (thinks and hasattr(model, "onward")):  # which compares reach with τ
+    if tau is not None and not is_adaptive(config):
         raise BadInput(f"--tau={tau:g} turns nothing: {run} holds a model of method {config.method} with at "
-                       f"most {config.max_latent} latent steps, which no threshold ends")
+                       f"most {config.max_latent * thinks} latent steps, which no threshold ends")
     if max_latent is not None and not thinks:
         raise BadInput(f"--max_latent={max_latent} turns nothing: {run} holds a model without latent steps")
     if config.method == "mor" and (max_latent or 0) > config.max_latent:

@@ -219,10 +219,23 @@ def check_read(settings, readers: dict[str, str], chosen: list[str], flag: str) 
 PREPARED = "train.bin", "val.bin", "meta.json", "ranks.tiktoken"  # what prepare.py writes into a folder
 
 
+def is_ours(name: str) -> bool:
+    """Whether train.py or prepare.py write files of this name, which nothing else may replace."""
+    return name.endswith(".pt") or name in ("log.jsonl", "summary.json", *PREPARED)
+
+
+def check_no_run(folder: Path, advice: str) -> None:
+    """Raises BadInput where a folder holds prepared text or, with the advice, a run or a part of one."""
+    for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json", "ckpt-*.pt", *PREPARED):
+        for path in folder.glob(name):
+            what, way = ("a text", "choose another folder") if name in PREPARED else ("a run", advice)
+            raise BadInput(f"{folder} holds {what} already ({path.name}): {way}")
+
+
 def check_apart(settings, *names: str) -> None:
     """Raises BadInput where two of these fields, each a path or a list of paths, name the same file; also
-    where a later one names a file in a folder of an earlier one: in `run` and `data`, one that train.py or
-    prepare.py wrote. A checkpoint's folder is that of its run.
+    where a later one names a file in a folder of an earlier one: in `run`, `runs` and `data`, one that
+    train.py or prepare.py wrote. A checkpoint's folder is that of its run.
     """
     taken, folders = {}, {}  # path → its field
     for name in names:
@@ -241,9 +254,7 @@ def check_apart(settings, *names: str) -> None:
 
 def _written(owner: str, name: Path) -> bool:
     """Whether a file in the folder of a field is train.py's or prepare.py's, where the folder is theirs."""
-    if owner == "run":
-        return name.suffix == ".pt" or str(name) in ("log.jsonl", "summary.json")
-    return owner != "data" or str(name) in PREPARED
+    return is_ours(str(name)) if owner in ("run", "runs", "data") else True
 
 
 # ------------------------------------------------------------------------------------------------- settings

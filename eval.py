@@ -31,7 +31,6 @@ import figures
 from analysis import analyze, draw, further_steps, print_numbers
 from common import (BadInput, about, autocast, check_apart, check_output, check_read, configure,
                     enough_memory, load_checkpoint, pick_device, precision, run, turn, write_whole)
-from configurator import PREPARED
 from documents import check_settings, encode, find_files, read_pieces
 from fast import lay_out
 from model import LLaMA
@@ -244,8 +243,6 @@ def evaluate(config: Eval) -> None:
             raise BadInput(f"{own}, the validation text of {config.run}, is not here: name one with --text")
         if checkpoint.get("data") not in (None, Data(str(own.parent), 1).fingerprint):
             raise BadInput(f"{own} is other text than that of {config.run}: name one with --text")
-        config.text = [str(own.with_name(name)) for name in PREPARED]  # nothing is written over them
-        check_apart(config, "text", "html", "plot", "json")
         ids = read_text([str(own)], tokenizer, most=config.max_tokens or MOST)
         if config.max_tokens is None and len(ids) == MOST:
             print(f"the first {MOST:,} tokens of {own}; --max_tokens reads fewer or more")

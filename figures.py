@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 
-from common import BadInput, check_output, configure, optional, run, whole
+from common import BadInput, check_apart, check_output, configure, optional, run, whole
 from configurator import misfit
 
 KINDS = (".png", ".svg", ".pdf")
@@ -35,6 +35,7 @@ class Plot:
     def __post_init__(self) -> None:
         if not self.runs:
             raise ValueError("name the folders of runs, as in: python compare.py plot out/tiny out/vanilla")
+        check_apart(self, "runs", "file")
 
 
 def log_of(name: str) -> Path:

@@ -252,9 +252,9 @@ def main() -> None:
     config = configure(Join, positional=("run", "file"))
     if not config.run or not config.file:
         raise BadInput("want the folder of a run and the file to write: python shard.py out/7b model.pt")
-    check_output(config.file, "file")
     if os.path.exists(config.file):
         raise BadInput(f"{config.file} exists already: name a new file")
+    check_output(config.file, "file")
     model, tokenizer, checkpoint = load_checkpoint(config.run)
     rest = {name: value for name, value in checkpoint.items()
             if name not in ("format", "config", "model", "tokenizer", "ranks", "optimizer", "parts")}

@@ -115,6 +115,7 @@ def test_a_method_gives_the_curves_of_all_its_kinds_for_each_text():
     (["{tmp}/lacks.jsonl"], "lacks.jsonl is not the log.jsonl"),
     (["{tmp}/run", "--file={tmp}/a.gif"], ".png"),
     (["{tmp}/run", "--file={tmp}/no/a.png"], "--file"),
+    (["{tmp}/log.png", "--file={tmp}/log.png"], "--runs and --file are both"),
 ])
 def test_wrong_input(words, wanted, run, call, tmp_path):
     (tmp_path / "broken.jsonl").write_text('{"step": 1}\nnonsense\n')

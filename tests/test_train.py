@@ -686,6 +686,12 @@ def test_wrong_arguments(extra, words, data, tmp_path, refused):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_does_not_begin_among_prepared_text(data, refused):
+    before = sorted(data.iterdir())
+    assert "holds a text already (train.bin)" in refused(*flags(data, data))
+    assert sorted(data.iterdir()) == before
+
+
 @pytest.mark.parametrize("source,words", [
     ("n_layer = 2 +\n", ["line 1"]),
     ("n_layer = open('x')\n", ["line 1", "n_layer"]),
