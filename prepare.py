@@ -291,8 +291,11 @@ def is_prepared(folder: Path, wanted: dict) -> bool:
         raise BadInput(f"{folder} exists, and is not a folder of prepare.py: choose another --name") from None
     problem = "with other settings"
     if same:
-        gone = ", as it is not read any more" if changed and changed[0] not in wanted["inputs"] else ""
-        problem = f"and {changed[0]} has changed since{gone}" if changed else ""
+        problem = ""
+        if changed:
+            new, gone = changed[0] not in inputs, changed[0] not in wanted["inputs"]
+            what = "is new" if new else "is not read any more" if gone else "is not as it was"
+            problem = f"and its input has changed since: {changed[0]} {what}"
     try:
         Data(str(folder), 0)
     except BadInput as error:
