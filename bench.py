@@ -90,7 +90,8 @@ def bench_flops(bench: Bench) -> tuple[str, dict, str]:
         reached = checkpoint.get("result", {}).get("val_steps")
         if not isinstance(model, AdaptiveLatentCoT) or reached is None:
             raise BadInput(f"{bench.checkpoint} is no adaptive model that was evaluated while it was trained")
-        bench = replace(bench, mean_latent=reached, **asdict(model.config))
+        methods = bench.methods if bench.methods != plain.methods else []  # all that can be, of that shape
+        bench = replace(bench, mean_latent=reached, methods=methods, **asdict(model.config))
     B, T = bench.batch, bench.block_size
     small = bench.n_layer * bench.n_embd**2 < 4e6
     records = {}

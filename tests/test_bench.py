@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import bench
-from baselines import METHODS
+from baselines import METHODS, build
 from bench import Bench, Contestant, alternate
 from common import save_checkpoint
 from conftest import uneven, unread
+from model import Config
 from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -101,6 +102,11 @@ def test_flops_of_a_checkpoint(call, tmp_path):
     assert "0.75 mean latent steps" in out
     result = written(tmp_path, "flops-3x32.json")
     assert result["context"] == 64 and result["methods"]["adaptive"]["passes"] == pytest.approx(1.75, abs=0.1)
+    for layers in (2, 3):  # all methods that can be, of that shape: mor needs three
+        shape = dict(n_layer=layers, n_embd=16, n_head=2, n_ff=24, block_size=8, vocab_size=tokenizer.n_vocab)
+        save_checkpoint(tmp_path / "ckpt.pt", build(Config(**shape)), tokenizer, result={"val_steps": 0.75})
+        measured("--batch=2")
+        assert ("mor" in written(tmp_path, f"flops-{layers}x16.json")["methods"]) == (layers == 3)
     save_checkpoint(tmp_path / "ckpt.pt", model, tokenizer)
     assert "evaluated" in measured(code=2)
     save_checkpoint(tmp_path / "ckpt.pt", uneven("vanilla", vocab_size=tokenizer.n_vocab), tokenizer,
