@@ -153,7 +153,7 @@ class MoR(LLaMA):
         return min(self.max_latent, self.config.max_latent) + 1
 
     def think(self, x: Tensor, states: States, cache: Cache) -> tuple[Tensor, Tensor, Tensor]:
-        layers, n = range(self.config.n_layer), self.depths()
+        layers, n = range(len(self.blocks)), self.depths()
         first = self.one_pass(x, states, cache.logs[0], layers[:1])
         with torch.autocast(x.device.type, enabled=False):
             g = self.router(first.float())[:, :n].softmax(1)  # (N, K + 1)
@@ -175,7 +175,8 @@ class MoR(LLaMA):
 
     def loss(self, nats: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         _, ce, _ = super().loss(nats, targets, expected)
-        return ce + self.balancing * self.imbalance, ce, self.imbalance
+        imbalance = vars(self).pop("imbalance")  # its graph must not live on with the model
+        return ce + self.balancing * imbalance, ce, imbalance
 
     def passes(self, steps: Tensor, live: Tensor, fed: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
         yield fed.sum(1), live.sum(1), 2

@@ -304,7 +304,7 @@ class LLaMA(nn.Module):
             for row, new in zip(speakers, token.tolist()):
                 texts[row].append(new)
                 left[row] = 0 if new == stop else left[row] - 1
-            kept = [i for i, row in enumerate(rows) if left[row]]
+            kept = [i for i, row in enumerate(rows) if left[row] > 0]
             if 0 < len(kept) < len(rows):
                 x, cache = x[kept], cache.rows(kept)
             rows = [rows[i] for i in kept]

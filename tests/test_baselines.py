@@ -1,5 +1,7 @@
 """The baselines, where they differ from what the other files hold of all methods."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ import reference
 from baselines import METHODS, build
 from conftest import text
 from conftest import uneven as make
-from model import Config
+from model import Block, Config
 from test_log import in_chunks
 
 
@@ -22,6 +24,14 @@ def test_mor_is_dense_masked():
 def test_mor_needs_three_layers():
     with pytest.raises(ValueError, match="n_layer is 2"):
         build(Config(method="mor", n_layer=2))
+
+
+def test_mor_can_be_copied_after_a_training_step_and_uses_a_block_that_is_added():
+    model = build(Config(method="mor", n_layer=3, n_embd=32, n_ff=48, vocab_size=61))
+    model(text(), text(seed=5)).loss.backward()
+    before = copy.deepcopy(model)(text()).logits
+    model.blocks.append(Block(model.config))
+    assert (model(text()).logits - before).abs().max() > 1e-4
 
 
 def test_ponder2_jacobi_approaches_its_decoding():

@@ -199,6 +199,7 @@ def test_a_row_ends_at_its_stop_token_and_leaves_the_batch():
     alone = [said(model, [prompt], 12, stop=stop)[0] for prompt in ([1, 2, 3], [5, 6])]
     assert said(model, [[1, 2, 3], [5, 6]], 12, stop=stop) == alone
     assert alone[0][-1][0] == stop and len(alone[0]) <= 5
+    assert said(model, [[1, 2, 3]], 4.5) == said(model, [[1, 2, 3]], 5)  # as half of a number may be
     sizes = []
     plain = model.tick
     model.tick = lambda x, cache: sizes.append(len(x)) or plain(x, cache)
