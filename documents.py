@@ -183,7 +183,7 @@ def _jsonl(path: Path, key: str) -> Iterator[Piece]:
 
 def _record(line: bytes, key: str, where: str) -> str | None:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8-sig"))  # of bytes json would guess the encoding, line by line
     except UnicodeDecodeError:
         return None
     except ValueError as error:

@@ -99,7 +99,7 @@ class Writer:
         document.bytes += len(content)
         document.blank = document.blank and not text.strip()
         if piece.text is None:
-            self.skip(document, "is no UTF-8 text")
+            self.skip(document, "is no UTF-8 text or has a zero byte")
         self.batch.append((document, text, piece.ends))
         self.size += len(text)
         if piece.ends:
