@@ -99,6 +99,18 @@ class Stop:
 
 
 @contextmanager
+def signals_as_before() -> Iterator[None]:
+    """Where train() is called from Python, as in a notebook, Ctrl-C is its caller's again when it has ended."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, answer in before.items():
+            if signal.getsignal(number) != answer:
+                signal.signal(number, answer)
+
+
+@contextmanager
 def ends_with_the_others() -> Iterator[None]:
     """Where a process of several fails, the others' collectives fail or wait for ever. So it ends at once,
     torchrun ends the others, and only the first to fail says why, in one line. Raises BadInput where the

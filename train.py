@@ -41,7 +41,7 @@ from model import Config
 from prepare import Data
 from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_finite, check_new,
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
-                  log_state, restore, say, say_stopped, shares, waiting, write_log)
+                  log_state, restore, say, say_stopped, shares, signals_as_before, waiting, write_log)
 from schedule import (OF_ADAPTIVE, ROUTED, BudgetController, Recipe, budget_at, exploration, is_adaptive,
                       learning_rate, make_optimizer, router_rate, seed_of, unread)
 from shard import save_shared
@@ -69,9 +69,10 @@ class Train(Recipe):
             raise ValueError(f"budget is {self.budget}, but must lie in [0, max_latent {self.max_latent}]")
 
 
+@signals_as_before()
 def train(config: Train) -> dict:
     """Trains, and returns the summary; empty where the run was stopped. Raises BadInput before it writes,
-    later only where it cannot.
+    later only where it cannot, and SystemExit where numbers are not finite any more.
     """
     # Whatever can be wrong with the settings and the data.
     device = pick_device(config.device, LOCAL_RANK)

@@ -268,9 +268,11 @@ def test_ctrl_c_ends_an_evaluation(call, data, tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, count, part)
 
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with monkeypatch.context() as patch:
         patch.setattr(Data, "windows", windows)
         assert train(Train(out=str(tmp_path / "cut"), **settings)) == {}
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert len(calls) <= call
     assert load_checkpoint(tmp_path / "cut")[2]["step"] == (3 if call == 2 else 6)
     train(Train(out=str(tmp_path / "cut"), resume=True, **settings))
