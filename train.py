@@ -7,8 +7,8 @@
 
 What is notable here:
 * A batch is a function of (seed, step), and each process takes its slice of it: any number of processes sees
-  the same tokens. With --resume a run that was killed goes on bit for bit (on a GPU up
-  to rounding), and no state of the data is saved.
+  the same tokens, and no state of the data is saved. With --resume a run that was killed goes on bit for bit
+  (on a GPU up to rounding).
 * `budget` is the mean number of latent steps per token: the threshold τ moves so that it is met throughout.
 * FLOPs are those of the executed steps, halted tokens really absent; MFU is against a roof measured before.
 * A run leaves log.jsonl, ckpt.pt, best.pt (of the lowest validation loss) and, at its end, summary.json.
