@@ -94,7 +94,7 @@ def fuse_norms(model) -> None:
 
 
 def quick_norm(module, eps, x):
-    """The forward of an RMSNorm in fewer calls. eps is a tensor: on one row a number costs more than a sum."""
+    """The forward of an RMSNorm in fewer calls. eps is a tensor: for a row a number costs more than a sum."""
     if torch.compiler.is_compiling() or not x.is_cpu:
         return torch.nn.RMSNorm.forward(module, x)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

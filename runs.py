@@ -100,7 +100,7 @@ class Stop:
 
 @contextmanager
 def signals_as_before() -> Iterator[None]:
-    """Where train() is called from Python, as in a notebook, Ctrl-C is its caller's again when it has ended."""
+    """Where train() is called from Python, as in a notebook, Ctrl-C is its caller's again when it ends."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield

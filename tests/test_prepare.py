@@ -473,7 +473,7 @@ def test_a_hidden_file_gives_its_name(tmp_path):
 @pytest.mark.parametrize("name,content,extra,words", [
     ("missing.txt", None, [], ["missing.txt", "does not exist"]),
     ("latin.txt", "naïve".encode("latin-1"), [], ["latin.txt holds a document that is no UTF-8 text"]),
-    ("zero.txt", b"a text and \0", [], ["zero.txt holds a document that is no UTF-8 text or has a zero byte"]),
+    ("zero.txt", b"a text and \0", [], ["zero.txt holds a document that is no UTF-8 text or has a zero"]),
     ("bad.jsonl", b'{"text": "x"}\nnot json\n', [], ["bad.jsonl", "line 2"]),
     ("wide.jsonl", ('{"text": "x"}\n' * 9).encode("utf-16"), [], ["wide.jsonl", "line 2: not JSON"]),
     ("key.jsonl", b'{"body": "x"}\n', [], ["line 1", "--key"]),
