@@ -56,7 +56,7 @@ def test_scores_equal_a_plain_forward_one_at_a_time(method, share_from, monkeypa
     monkeypatch.setattr(engine, "feed", counted)
     model = make(method)
     lengths = [(9, 5), (9, 1), (9, 12), (1, 3), (1, 7), (20, 2), (20, 12), (20, 13), (17, 4), (5, 28)]
-    pairs = random_pairs([*lengths, (32, 1), (32, 1), (30, 1)])
+    pairs = random_pairs([*lengths, (32, 1), (32, 1), (30, 1), (1, 1)])
     expected = [plain(model, context.tolist(), continuation.tolist()) for context, continuation in pairs]
     whole = sum(len(context) + len(continuation) - 1 for context, continuation in pairs)
     flops = 0
