@@ -228,7 +228,7 @@ def check_no_run(folder: Path, advice: str) -> None:
     """Raises BadInput where a folder holds prepared text or, with the advice, a run or a part of one."""
     for name in ("ckpt.pt", "best.pt", "log.jsonl", "summary.json", "ckpt-*.pt", *PREPARED):
         for path in folder.glob(name):
-            what, way = ("a text", "choose another folder") if name in PREPARED else ("a run", advice)
+            what, way = ("prepared text", "choose another folder") if name in PREPARED else ("a run", advice)
             raise BadInput(f"{folder} holds {what} already ({path.name}): {way}")
 
 

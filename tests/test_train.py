@@ -690,7 +690,7 @@ def test_wrong_arguments(extra, words, data, tmp_path, refused):
 
 def test_a_run_does_not_begin_among_prepared_text(data, refused):
     before = sorted(data.iterdir())
-    assert "holds a text already (train.bin)" in refused(*flags(data, data))
+    assert "holds prepared text already (train.bin)" in refused(*flags(data, data))
     assert sorted(data.iterdir()) == before
 
 
