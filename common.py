@@ -79,7 +79,7 @@ def check_output(path: str | Path, flag: str, make: bool = False) -> None:
         half = real.with_name(f".{real.name}.tmp")  # of `whole`: a name that is too long raises here
         if half.is_dir() or real.exists() and not real.is_file():
             raise BadInput(f"{flag}={path} is a folder or a device; want the name of a file")
-        if real.exists() and is_ours(real.name):
+        if real.exists() and is_ours(real):
             raise BadInput(f"{flag}={path} is a file that train.py or prepare.py wrote: want another name")
         if make:
             real.parent.mkdir(parents=True, exist_ok=True)

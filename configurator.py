@@ -219,9 +219,12 @@ def check_read(settings, readers: dict[str, str], chosen: list[str], flag: str) 
 PREPARED = "train.bin", "val.bin", "meta.json", "ranks.tiktoken"  # what prepare.py writes into a folder
 
 
-def is_ours(name: str) -> bool:
-    """Whether train.py or prepare.py write files of this name, which nothing else may replace."""
-    return name.endswith(".pt") or name in ("log.jsonl", "summary.json", *PREPARED)
+def is_ours(path: Path) -> bool:
+    """Whether a file is one of a run or of prepared text, which nothing else may replace."""
+    beside = {name for name in ("ckpt.pt", "train.bin", "meta.json") if path.with_name(name).exists()}
+    of_run = path.name in ("log.jsonl", "summary.json") and "ckpt.pt" in beside
+    of_text = path.name in PREPARED and {"train.bin", "meta.json"} <= beside
+    return path.suffix == ".pt" or of_run or of_text
 
 
 def check_no_run(folder: Path, advice: str) -> None:
@@ -254,7 +257,9 @@ def check_apart(settings, *names: str) -> None:
 
 def _written(owner: str, name: Path) -> bool:
     """Whether a file in the folder of a field is train.py's or prepare.py's, where the folder is theirs."""
-    return is_ours(str(name)) if owner in ("run", "runs", "data") else True
+    if owner in ("run", "runs"):
+        return name.suffix == ".pt" or str(name) in ("log.jsonl", "summary.json")
+    return owner != "data" or str(name) in PREPARED
 
 
 # ------------------------------------------------------------------------------------------------- settings
@@ -460,11 +465,14 @@ def answer_help(file: str, default: Path | None = None) -> None:
         positional = ast.literal_eval(call[2] or "()")
         run(lambda: print(_help(Path(file), call[1], positional, words, default)))
         sys.exit(0)
-    run(_check_installed)
+    run(lambda: _check_installed(Path(file).read_text(encoding="utf-8")))
 
 
-def _check_installed() -> None:
+def _check_installed(source: str) -> None:
+    """Raises BadInput where a package is missing: torch only where a script imports it at its head."""
     for package in ("torch", "numpy", "tiktoken", "tqdm"):
+        if package == "torch" and not re.search("^import torch", source, re.MULTILINE):
+            continue
         if not importlib.util.find_spec(package):
             raise BadInput(f"{package} is not installed for {sys.executable}: there, or in an environment of "
                            "your own, pip install -r requirements.txt")
@@ -472,7 +480,11 @@ def _check_installed() -> None:
 
 def _help(file: Path, cls: str, positional: tuple[str, ...], words: list[str], default: Path | None) -> str:
     fields = _fields(file, cls)
-    named = [word for word in words if word.endswith(".py") and not word.startswith("--")]
+    named = []
+    for before, word in zip(["", *words], words):
+        shown, _ = fields.get(before[2:].replace("-", "_"), ("True", ""))  # of the flag that takes the word
+        if word.endswith(".py") and not word.startswith("--") and shown in ("True", "False"):
+            named.append(word)
     for path in named or filter(None, [default]):
         with suppress(BadInput):  # it may be a value, such as that of --input
             for name, value, _ in _read(path):

@@ -109,7 +109,7 @@ def lay_out(model, dtype=None) -> None:
     product with 4 to 63 rows then takes MKL half the time at small widths, one with a single row takes
     as long as before. Large ones are kept a second time, in the packed form of oneDNN (see `pack`); not those
     of a model of a billion weights, as there may be no room. Weights of bfloat16 on a CPU stay as they are:
-    oneDNN multiplies with them. Where all is float32, norms are those of `quick_norm`.
+    oneDNN multiplies with them. On a CPU in float32 norms are those of `quick_norm`.
     """
     if model.head.weight is model.embed.weight:  # the embedding is read row by row, and stays as it is
         model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())

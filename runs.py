@@ -100,12 +100,14 @@ class Stop:
 
 @contextmanager
 def signals_as_before() -> Iterator[None]:
-    """Where train() is called from Python, as in a notebook, Ctrl-C is its caller's again when it ends."""
+    """Where train() is called from Python, as in a notebook, Ctrl-C is its caller's again when it ends. Not
+    among several processes, where its echo may come later (see Stop).
+    """
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
     finally:
-        for number, answer in before.items():
+        for number, answer in before.items() if WORLD == 1 else ():
             if signal.getsignal(number) != answer:
                 signal.signal(number, answer)
 

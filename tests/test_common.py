@@ -92,6 +92,24 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_whole(tmp_path / "no" / "a.json", "x")
 
 
+def test_files_of_a_run_and_of_prepared_text_are_not_replaced_and_others_of_their_names_are(tmp_path):
+    for name in ("ckpt.pt", "log.jsonl", "summary.json", "meta.json", "val.bin", "page.html"):
+        (tmp_path / name).write_text("")
+    ours = {"ckpt.pt", "log.jsonl", "summary.json"}
+    for more in ((), ("train.bin", "meta.json", "val.bin")):
+        for name in more:
+            (tmp_path / name).write_text("")
+        ours |= {*more}
+        for path in tmp_path.iterdir():
+            if path.name in ours:
+                with pytest.raises(BadInput, match=f"{path.name} is a file that train.py or prepare.py"):
+                    check_output(path, "--json")
+            else:
+                check_output(path, "--json")
+    (tmp_path / "ckpt.pt").unlink()
+    check_output(tmp_path / "summary.json", "--json")  # what --json itself has written may come again
+
+
 def test_names_of_any_bytes_are_written(tmp_path):
     write_whole(tmp_path / "a.json", json.dumps({"run": "out/\udcff"}, ensure_ascii=False))
     assert json.loads((tmp_path / "a.json").read_text()) == {"run": "out/\udcff"}, "as it is named"

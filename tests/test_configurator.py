@@ -358,6 +358,15 @@ def test_help_of_a_script_shows_what_applies_and_needs_no_torch(script):
         assert any(line.startswith(shown) for line in out.splitlines()), (shown, out)
 
 
+def test_help_takes_no_value_of_a_flag_for_a_config_file(capsys, tmp_path):
+    (tmp_path / "own.py").write_text("n_embd = 96")
+    for words, width in ((["--out", f"{tmp_path}/own.py"], 128), (["--shard", f"{tmp_path}/own.py"], 96),
+                         ([f"{tmp_path}/own.py", "--out=x"], 96), (["--out=x", f"{tmp_path}/own.py"], 96)):
+        with pytest.raises(SystemExit):
+            configure(settings_of("train.py"), [*words, "--help"], default=ROOT / "config" / "tiny.py")
+        assert f"  --n_embd={width} " in capsys.readouterr().out, words
+
+
 def test_a_missing_package_is_one_line():
     ran = subprocess.run([sys.executable, "-S", str(ROOT / "train.py")], capture_output=True, text=True,
                          env=os.environ | {"PYTHONPATH": ""})  # without site-packages
