@@ -80,8 +80,9 @@ def score(model: LLaMA, pairs: list, batch_size: int, tally: Tally, title: str =
         for i, part in zip(members, whole.split([len(rest) for rest in rests], 1)):
             found[i] = part
         tally.read += int(live.sum())
-        rows = zip(steps.split(1), live.split(1))  # ponder2's passes are fewer where a row is one token
-        tally.flops += sum(sum(forward_flops(model, *row)).item() for row in rows)
+        alone = live.sum(1) == 1  # a single token, which ponder2 decodes where it would iterate over more
+        for rows in filter(torch.any, (alone, ~alone)):
+            tally.flops += sum(forward_flops(model, steps[rows], live[rows])).item()
         tally.said += len(targets)
         tally.steps += thought.sum().item()
         bar.update(len(members))
