@@ -459,13 +459,13 @@ def answer_help(file: str, default: Path | None = None) -> None:
     words = sys.argv[1:]
     if Path(sys.argv[0]).resolve() != Path(file).resolve():
         return
+    source = Path(file).read_text(encoding="utf-8")
     if {"--help", "-h"} & set(words):
-        source = Path(file).read_text(encoding="utf-8")
         call = re.search(r"\bconfigure\((\w+)(?:[^()]*positional=(\([^)]*\)))?", source)
         positional = ast.literal_eval(call[2] or "()")
         run(lambda: print(_help(Path(file), call[1], positional, words, default)))
         sys.exit(0)
-    run(lambda: _check_installed(Path(file).read_text(encoding="utf-8")))
+    run(lambda: _check_installed(source))
 
 
 def _check_installed(source: str) -> None:
