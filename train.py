@@ -117,6 +117,8 @@ def train(config: Train) -> dict:
         model.tau = checkpoint["config"]["tau"]
         if RANK == 0:
             cut_log(log, *at.log)
+        if made and checkpoint.get("commit", made["commit"]) != made["commit"]:
+            say(f"saved at commit {checkpoint['commit']}, the run goes on at {made['commit']}")
         old = learning_rate(replace(config, max_steps=checkpoint["train"]["max_steps"]), at.step)
         new = learning_rate(config, at.step)
         if old != new:
@@ -168,7 +170,8 @@ def train(config: Train) -> dict:
             check_finite({"largest weight": largest(model, optimizer)}, step, path)
         if (RANK == 0 or sharded) and (saves or keeps or improves):
             at.log = log_state(log) if RANK == 0 else at.log
-            state = {"train": asdict(config), "data": data.fingerprint, **asdict(at)}
+            state = {"train": asdict(config), "data": data.fingerprint, "commit": made.get("commit"),
+                     **asdict(at)}
             if improves:
                 save(out / "best.pt", model, data.tokenizer, **state)
             if keeps:

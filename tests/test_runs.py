@@ -135,6 +135,18 @@ def test_a_longer_schedule_is_said(folder, data, capsys):
     assert "learning rate jumps from 3.00e-04 to" in out and len(losses(folder)) == 12
 
 
+def test_other_code_is_said(folder, data, capsys):
+    settings = Train(out=str(folder), data=str(data), resume=True, **SMALL | {"max_steps": 7})
+    train(settings)
+    assert "commit" not in capsys.readouterr().out
+    change(folder, commit="0badc0de")
+    train(settings)
+    assert "saved at commit 0badc0de" in capsys.readouterr().out
+    change(folder, without=["commit"])  # as an older version wrote it
+    train(settings)
+    assert "commit" not in capsys.readouterr().out
+
+
 def test_a_finished_run_is_finished(folder, data):
     before = contents(folder)
     train(Train(out=str(folder), data=str(data), resume=True, **SMALL))
