@@ -34,7 +34,7 @@ from common import (BadInput, about, check_items, check_output, check_read, chec
                     optional, read_json, run, table, write_whole)
 from configurator import flags_of, on_end
 from prepare import Data
-from schedule import ADAPTIVE, DIVERGED, OF_ADAPTIVE, Recipe, unread
+from schedule import ADAPTIVE, DIVERGED, OF_ADAPTIVE, STEERING, Recipe, unread
 
 TRAIN = Path(__file__).with_name("train.py")
 NO_THOUGHTS = "no thoughts"  # a control: adaptive's embedding scale, but never a latent step
@@ -75,10 +75,14 @@ class Compare(Recipe):
         check_read(self, READERS, [who for who in self.methods if who in READERS], "--methods ")
         tried = {"learning_rate": "a comparison without rates in --parts: these are all of --rates"}
         idle = {} if "pareto" in self.parts else unread(self)  # whose budgets are --budgets
+        chosen = {*ADAPTIVE} & {*self.methods}
+        if not chosen:  # --budget=None is true of all others
+            steering = STEERING - {"router_bias"} if ALL_STEPS in self.methods else STEERING
+            idle |= {name: "--methods adaptive" for name in steering if getattr(self, name) is not None}
         check_typed(idle | tried if "rates" in self.parts else idle)
-        for budget in (self.budget or 0, *self.budgets) if {*ADAPTIVE} & {*self.methods} else ():
-            if budget > self.max_latent > 0:
-                raise ValueError(f"budget {budget:g} does not lie between 0 and max_latent {self.max_latent}")
+        most = max(self.budget or 0, *self.budgets, 0)
+        if chosen and most > self.max_latent > 0:
+            raise ValueError(f"budget {most:g} does not lie between 0 and max_latent {self.max_latent}")
         for run in (plain_run(who, self) for who in self.methods):  # each must be possible
             self.try_to_build(method=run.method, max_latent=run.max_latent)
         self.budgets = self.budgets or [b for b in (0.5, 1.0, 1.5, 2.0) if b <= self.max_latent]
@@ -102,16 +106,18 @@ class Run:
     max_steps: int
     train_tokens: int
 
+    def __post_init__(self) -> None:
+        """What a run does not read has one value, whatever is typed, so that no run is made twice."""
+        fixed = {name: getattr(Recipe, name) for name in unread(self) if name in vars(self)}
+        fixed |= {"beta": Recipe.beta} if self.lam == 0 else {}
+        fixed |= {"max_latent": 0} if self.method == "vanilla" else {}
+        vars(self).update(fixed)
+
     @property
     def who(self) -> str:
         """The method, or which of the controls it is."""
         fixed = (self.method, self.budget, self.lam) == ("adaptive", None, 0.0)
         return {1.0: NO_THOUGHTS, 0.0: ALL_STEPS}.get(self.tau, self.method) if fixed else self.method
-
-    @property
-    def folder(self) -> str:
-        """A name that no other run has beside the same other settings."""
-        return "-".join(f"{name}={value}" for name, value in asdict(self).items())
 
 
 def plain_run(who: str, settings: Compare) -> Run:
@@ -119,9 +125,8 @@ def plain_run(who: str, settings: Compare) -> Run:
     plain = Run(**{f.name: getattr(settings, f.name) for f in fields(Run)})
     if who in ADAPTIVE:
         return replace(plain, method=who)
-    plain = replace(plain, budget=None, lam=0.0)
     if who in (NO_THOUGHTS, ALL_STEPS):
-        return replace(plain, tau=float(who == NO_THOUGHTS))
+        return replace(plain, budget=None, lam=0.0, tau=float(who == NO_THOUGHTS))
     most = 1 if who == "ponder2" else settings.max_latent  # as its authors ran it
     return replace(plain, method=who, max_latent=min(most, settings.max_latent))
 
@@ -149,7 +154,8 @@ class Runs:
         try:
             stored = read_json(self.path)
             unset = {name: getattr(Recipe, name, []) for name in TRAINED}  # of files older than a setting
-            theirs, self.fingerprint = unset | stored["settings"], stored.get("fingerprint")
+            theirs = unset | stored["settings"]
+            self.fingerprint = stored.get("fingerprint")
             for result in stored["runs"]:
                 self.finished[Run(**{f.name: result[f.name] for f in fields(Run)})] = result
             other = [name for name, ours in self.common.items() if theirs[name] != ours]
@@ -218,7 +224,7 @@ class Runs:
 
     def train(self, run: Run) -> dict:
         """A run's summary, and its curve: (step, FLOPs, validation loss). Raises BadInput where it fails."""
-        out = self.folder / run.folder
+        out = self.folder / "-".join(f"{name}={value}" for name, value in asdict(run).items())
         often = max(1, run.max_steps // 10)
         values = {name: getattr(self.settings, name) for name in TRAINED} | asdict(run)
         values |= {"out": out, "eval_every": often, "save_every": often, "resume": (out / "ckpt.pt").exists()}

@@ -351,6 +351,8 @@ def test_a_figure_without_matplotlib_is_refused_before_the_work(compared, tmp_pa
     (["--learning_rate=1e-3"], ["learning_rate", "--rates"]),
     (["--course=0.1", "--budget=None"], ["--course is not read here", "--budget"]),
     (["--methods", "vanilla", "no thoughts", "--explore=2"], ["explore", "--methods adaptive"]),
+    (["--methods", "vanilla", "loop", "--lam=3"], ["--lam is not read here", "--methods adaptive"]),
+    (["--methods", "all steps", "--budget=1"], ["--budget is not read here", "--methods adaptive"]),
     (["--methods", "vanilla", "--exit_loss=1"], ["exit_loss", "--methods adaptive or all steps"]),
     (["--warmup=2"], ["warmup"]),
     (["--grad_clip=-1"], ["grad_clip"]),
@@ -401,6 +403,16 @@ def test_adaptive_at_a_fixed_depth_is_a_control(compared):
     assert [row[0].split(",")[0] for row in rows(out, "At equal tokens")] == ["vanilla", "all steps"]
     out = compared(*fixed, "--budget=1", "--rates", "2e-3", "--methods", "adaptive", "all steps")
     assert [row[0].split(",")[0] for row in rows(out, "At equal tokens")] == ["adaptive", "all steps"]
+
+
+def test_a_setting_makes_only_those_anew_that_read_it(compared, tmp_path):
+    methods = ["--budget=1", "--parts", "tokens", "--methods", "vanilla", "loop", "all steps", "adaptive"]
+    compared(*methods)
+    assert len(calls(tmp_path)) == 4
+    compared(*methods, "--beta=3", "--tau=0.2")
+    assert len(calls(tmp_path)) == 5
+    compared(*methods, "--beta=3", "--tau=0.2", "--max_latent=1")
+    assert len(calls(tmp_path)) == 8  # vanilla has no latent steps
 
 
 def test_runs_are_keyed_by_what_they_are():
