@@ -94,7 +94,7 @@ def about(device: str = "") -> dict:
     """Machine (the GPU where --device means one of CUDA's, else the CPU), versions and commit of a result."""
     import torch
     code = zlib.crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-    dirty = f"-dirty-{code:08x}" if git("status", "--porcelain", "--", "*.py") else ""  # which changes, too
+    dirty = f"-dirty-{code:08x}" if git("status", "--porcelain", "--", ":(glob)*.py") else ""
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
     cpu = f"{[*names, platform.processor()][0]}, {torch.get_num_threads()} threads"
@@ -117,11 +117,14 @@ def pick_device(name: str, local_rank: int = 0):
     """The torch.device that --device names; empty: cuda where there is one, else cpu. Raises BadInput."""
     import torch
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and 0 < torch.cuda.device_count() <= local_rank:
+        raise BadInput(f"there is no GPU for process {local_rank} of this machine: want "
+                       f"--nproc_per_node={torch.cuda.device_count()} at most")
     try:
         device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         usable = device.type in ("cpu", "cuda", "mps")
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
         usable = False
     if not usable:
         here = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()

@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import os
+import shutil
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,6 +51,19 @@ def test_a_result_tells_changed_code_apart(monkeypatch, tmp_path):
         found.append(about()["commit"])
     assert found[0] == "abc" and len({*found}) == 4
     assert all(name.startswith("abc-dirty-") for name in found[1:])
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_config_of_ones_own_is_no_changed_code(monkeypatch, tmp_path):
+    monkeypatch.setattr("common.__file__", str(tmp_path / "common.py"))
+    commit = ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "a"]
+    for words in (["init"], commit):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "mine.py").write_text("n_layer = 2\n")
+    assert about()["commit"] and "dirty" not in about()["commit"]
+    (tmp_path / "mine.py").write_text("n_layer = 2\n")
+    assert "dirty" in about()["commit"]
 
 
 def test_weights_of_low_precision_are_saved_as_they_are_loaded(tmp_path):
@@ -155,9 +170,15 @@ def test_an_output_is_tried_before_the_work(tmp_path):
 
 def test_devices():
     assert pick_device("cpu") == torch.device("cpu")
-    for name in ("tpu9", "meta", "cuda:77", "cpu cpu"):
+    for name in ("tpu9", "meta", "cuda:77", "cpu cpu", "hpu"):
         with pytest.raises(BadInput, match=f"--device={name} .*cpu"):
             pick_device(name)
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(BadInput, match="process 4 .*--nproc_per_node=4 at most"):
+        pick_device("cuda", 4)
 
 
 def test_mps_is_used_where_there_is_one(monkeypatch):
