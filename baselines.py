@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from log import Cache, States, take
-from model import AdaptiveLatentCoT, Config, LLaMA
+from model import AdaptiveLatentCoT, Config, LLaMA, Output
 
 
 def constant(x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -139,8 +139,6 @@ class MoR(LLaMA):
     the state is H_{r+1} = g_r · f(H_r), plus H_1 at r = i. Ours: 0.1 of Switch's balancing loss
     (arXiv:2101.03961)."""
 
-    balancing = 0.1
-
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         if config.n_layer < 3:
@@ -158,7 +156,7 @@ class MoR(LLaMA):
         with torch.autocast(x.device.type, enabled=False):
             g = self.router(first.float())[:, :n].softmax(1)  # (N, K + 1)
         depth = g.argmax(1)
-        self.imbalance = n * (F.one_hot(depth, n).float().mean(0) * g.mean(0)).sum()
+        cache.imbalance = n * (F.one_hot(depth, n).float().mean(0) * g.mean(0)).sum()
         h, who, done, index = first, states, torch.zeros_like(first), torch.arange(len(x), device=x.device)
         for r in range(n):
             h = g[index, r][:, None] * self.one_pass(h, who, cache.logs[r + 1], layers[1:-1])
@@ -173,10 +171,12 @@ class MoR(LLaMA):
         reach = torch.arange(n - 1, device=x.device) < depth[:, None]
         return self.norm(last), depth.float(), reach.float()
 
-    def loss(self, nats: Tensor, targets: Tensor, expected: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _, ce, _ = super().loss(nats, targets, expected)
-        imbalance = vars(self).pop("imbalance")  # its graph must not live on with the model
-        return ce + self.balancing * imbalance, ce, imbalance
+    def forward(self, *inputs, **named) -> Output:
+        o = super().forward(*inputs, **named)
+        if o.loss is not None:
+            o.ada = o.cache.imbalance
+            o.loss = o.ce + 0.1 * o.ada
+        return o
 
     def passes(self, steps: Tensor, live: Tensor, fed: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
         yield fed.sum(1), live.sum(1), 2

@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 FAR = 2**30  # the order of an empty seat: later than every real state, so that none sees it
 BLOCK = 128  # FlexAttention computes or skips so many queries × so many keys at once
-SEATS = {"cuda": BLOCK}  # A is a multiple of this there: few shapes to compile for and to allocate
+SEATS = {"cuda": BLOCK}  # of passes of some of the tokens A is a multiple of this there: few shapes
 WRITTEN_OUT = 2**22  # most entries of a mask that is written out on a GPU; beyond, FlexAttention skips blocks
 NARROWEST = 16  # width of a head that FlexAttention takes
 
@@ -265,6 +265,7 @@ class Cache:
         self.at: dict[str, Tensor] = {}  # of each row (B, …): "pos", and what `tick` keeps of its thought
         self.length = 0  # tokens that forwards have fed, padding included; those of ticks do not count
         self.exits: list[tuple] = []  # of a forward, if wanted: of each pass h[t,k] (n, d), tokens (n,)
+        self.imbalance: Tensor | None = None  # of mor's last forward
 
     def states(self, idx: Tensor, live: Tensor | None) -> States:
         """The next tokens idx (B, T), or those that are live (B, T), as column 0; advances the positions."""
