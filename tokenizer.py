@@ -38,7 +38,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     if name == "bytes":
         return make_tokenizer("bytes", r"\S+|\s+", {bytes([i]): i for i in range(256)})
     if name.endswith(".pt") or Path(name).is_dir():
-        return load_checkpoint(name)[1]
+        return load_checkpoint(name, parts=False)[1]
     if name.endswith(".json"):
         return from_json(Path(name), None)
     if name.endswith(".tiktoken") or "/" in name:

@@ -145,6 +145,8 @@ def test_any_number_of_processes_is_one(data, tmp_path, monkeypatch):
     left = contents(tmp_path / "parts")
     assert {"ckpt.pt", "ckpt.b"} <= left and "ckpt.a" not in left
     assert load_checkpoint(tmp_path / "parts")[2]["step"] == 4
+    shutil.copytree(tmp_path / "parts", tmp_path / "moved", ignore=shutil.ignore_patterns("ckpt.b"))
+    assert get_tokenizer(str(tmp_path / "moved")).n_vocab == 257  # which needs no weights
     run_case("adaptive", tmp_path / "parts", data, resume=True)
     for name, other in [("loop", "loop in 2"), ("uneven", "uneven in 2"), ("uneven mor", "uneven mor in 2"),
                         ("uneven", "uneven in 4"), ("adaptive", "whole"), ("adaptive", "parts")]:
