@@ -139,6 +139,8 @@ def read_rope(given: dict) -> dict:
 
 def rope_of(rope: dict, given: dict) -> dict:
     """What one of the two says, in our words. Raises ValueError for what is not supported."""
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("rope_parameters by type of layer are not supported: want the same for all")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", given.get("rope_theta", 10000.0))
     if kind not in ("default", "linear", "llama3"):

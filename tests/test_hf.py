@@ -112,6 +112,11 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path):
     assert hf.sliding_window({"model_type": "mistral"}) == transformers.MistralConfig().sliding_window
 
 
+def test_rope_by_type_of_layer_is_refused():
+    with pytest.raises(ValueError, match="by type of layer"):
+        hf.read_rope({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}})
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
 def test_a_scaled_embedding_goes_out_as_a_larger_one(tied, tmp_path, call):
