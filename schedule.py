@@ -1,6 +1,6 @@
 """What steers a training: its settings, learning rate, optimizer, and the budget of latent steps.
 
-`config` is train.py's Train throughout.
+`config` is train.py's Train; is_adaptive and unread need no more of it than a model's Config has.
 """
 
 import math
@@ -88,7 +88,7 @@ def router_rate(config, step: int, start: float = 0.0) -> float:
 
 
 def make_optimizer(model: LLaMA, config) -> torch.optim.AdamW:
-    """Groups: matrices, which decay; vectors; the weights of adaptive's router, with a rate of their own."""
+    """Groups: matrices, which decay; vectors and biases; the router's weights, which have their own rate."""
     named = dict(model.named_parameters())
     names = [name for name in named if name.startswith("router.") and name.endswith("weight")]
     router = [named.pop(name) for name in names] if isinstance(model, AdaptiveLatentCoT) else []

@@ -31,7 +31,7 @@ def windows(ids: np.ndarray, first: int, context: int, stride: int) -> Iterator[
     """Cuts ids into pairs (tokens before, tokens to predict): each token from `first` on is predicted once.
 
     A pair feeds at most `context` tokens. The first predicts up to `context`, each other one up to `stride`,
-    with at least context − stride before each. stride = context is the harness's rolling log-likelihood.
+    with more than context − stride before each. stride = context is the harness's rolling log-likelihood.
     """
     end = first
     while end < len(ids):

@@ -117,7 +117,7 @@ def train(config: Train) -> dict:
         model.tau = checkpoint["config"]["tau"]
         if RANK == 0:
             cut_log(log, *at.log)
-        if made and checkpoint.get("commit", made["commit"]) != made["commit"]:
+        if checkpoint.get("commit") and made.get("commit") not in (None, "", checkpoint["commit"]):
             say(f"saved at commit {checkpoint['commit']}, the run goes on at {made['commit']}")
         old = learning_rate(replace(config, max_steps=checkpoint["train"]["max_steps"]), at.step)
         new = learning_rate(config, at.step)
