@@ -117,9 +117,8 @@ def pick_device(name: str, local_rank: int = 0):
     """The torch.device that --device names; empty: cuda where there is one, else cpu. Raises BadInput."""
     import torch
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and 0 < torch.cuda.device_count() <= local_rank:
-        raise BadInput(f"there is no GPU for process {local_rank} of this machine: want "
-                       f"--nproc_per_node={torch.cuda.device_count()} at most")
+    if name == "cuda" and 0 < (count := torch.cuda.device_count()) <= local_rank:
+        raise BadInput(f"process {local_rank} here has no GPU: want --nproc_per_node={count} at most")
     try:
         device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
         usable = device.type in ("cpu", "cuda", "mps")
@@ -195,18 +194,18 @@ def check_predictions(numbers) -> None:
 
 def turn(model, run: str, tau: float | None, max_latent: int | None) -> None:
     """Sets τ and ℓ_max of a loaded model, where they are given. Raises BadInput where they turn nothing."""
-    from schedule import is_adaptive
+    from schedule import is_adaptive, most_latent
     config = model.config
-    thinks = config.method != "vanilla" and config.max_latent > 0
+    most = most_latent(config)
     if tau is not None and not is_adaptive(config):
         raise BadInput(f"--tau={tau:g} turns nothing: {run} holds a model of method {config.method} with at "
-                       f"most {config.max_latent * thinks} latent steps, which no threshold ends")
-    if max_latent is not None and not thinks:
+                       f"most {most} latent steps, which no threshold ends")
+    if max_latent is not None and not most:
         raise BadInput(f"--max_latent={max_latent} turns nothing: {run} holds a model without latent steps")
     if config.method == "mor" and (max_latent or 0) > config.max_latent:
         raise BadInput(f"--max_latent={max_latent}: the router of {run} knows at most {config.max_latent}")
     model.tau = model.tau if tau is None else tau
-    model.max_latent = config.max_latent * thinks if max_latent is None else max_latent  # vanilla's: 0
+    model.max_latent = most if max_latent is None else max_latent
 
 
 def save_checkpoint(path: str | Path, model, tokenizer, weights=None, **rest) -> None:

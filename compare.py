@@ -34,7 +34,8 @@ from common import (BadInput, about, check_items, check_output, check_read, chec
                     optional, read_json, run, table, write_whole)
 from configurator import flags_of, on_end
 from prepare import Data
-from schedule import ADAPTIVE, DIVERGED, OF_ADAPTIVE, STEERING, Recipe, unread
+from runs import DIVERGED
+from schedule import ADAPTIVE, OF_ADAPTIVE, STEERING, Recipe, most_latent, unread
 
 TRAIN = Path(__file__).with_name("train.py")
 NO_THOUGHTS = "no thoughts"  # a control: adaptive's embedding scale, but never a latent step
@@ -109,9 +110,8 @@ class Run:
     def __post_init__(self) -> None:
         """What a run does not read has one value, whatever is typed, so that no run is made twice."""
         fixed = {name: getattr(Recipe, name) for name in unread(self) if name in vars(self)}
-        fixed |= {"beta": Recipe.beta} if self.lam == 0 else {}
-        fixed |= {"max_latent": 0} if self.method == "vanilla" else {}
-        vars(self).update(fixed)
+        beta = self.beta if self.lam else Recipe.beta
+        vars(self).update({"beta": beta, "max_latent": most_latent(self)} | fixed)
 
     @property
     def who(self) -> str:
@@ -245,10 +245,9 @@ class Runs:
         flops = {row["step"]: row["flops"] for row in log if "flops" in row}
         steps = [row["latent_steps"] for row in log if "latent_steps" in row] or [0]
         curve = [(row["step"], flops[row["step"]], row["val_loss"]) for row in log if "val_loss" in row]
-        result = dict.fromkeys("val_loss perplexity bits_per_byte val_steps flops tokens".split())
-        if code == 0:
-            result = read_json(out / "summary.json")
-            del result["config"]
+        of_none = dict.fromkeys("val_loss perplexity bits_per_byte val_steps flops tokens".split())
+        result = read_json(out / "summary.json") if code == 0 else of_none
+        result.pop("config", None)
         return result | {"curve": curve, "train_steps": statistics.mean(steps)}
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from baselines import build
 from common import BadInput
 from model import CHUNK, AdaptiveLatentCoT, Config, LLaMA
-from schedule import is_adaptive
+from schedule import is_adaptive, most_latent
 
 COMPILED_CHUNK = 2**31  # logits at once where the loss is compiled (fast.py), which copies none in fp32
 
@@ -100,7 +100,7 @@ def made_up_steps(config: Config, B: int, T: int, mean_latent: float) -> Tensor:
     """Steps (B, T) as they would be at a mean of latent steps, each row having its share. mor: balanced."""
     generator = torch.Generator().manual_seed(0)
     rank = torch.rand(B, T, generator=generator).argsort(1) / T  # 0, 1 / T, … in any order
-    K = 0 if config.method == "vanilla" else config.max_latent
+    K = most_latent(config)
     if config.method == "mor":
         return (rank * (K + 1)).floor()
     q = going_on(mean_latent, K) if is_adaptive(config) else 1.0

@@ -36,7 +36,7 @@ from fast import lay_out
 from model import LLaMA
 from page import dials, explain, html_page
 from prepare import Data
-from schedule import ADAPTIVE, is_adaptive
+from schedule import is_adaptive, most_latent
 from score import Tally, score, windows
 from tokenizer import describe, dtype_of, same_tokens
 
@@ -220,7 +220,7 @@ def check(config: Eval, model: LLaMA) -> None:
     if (config.stride or 0) > model.config.block_size:
         raise BadInput(f"--stride={config.stride} is beyond the context of {model.config.block_size} tokens: "
                        "some tokens would not be counted")
-    if config.sweep and (model.config.method == "vanilla" or model.config.max_latent == 0):
+    if config.sweep and not most_latent(model.config):
         raise BadInput(f"--sweep turns nothing: {config.run} holds a model without latent steps")
     for flag in [name for name in ("html", "json") if getattr(config, name)]:
         check_output(getattr(config, flag), f"--{flag}")
@@ -248,7 +248,7 @@ def evaluate(config: Eval) -> None:
             print(f"the first {MOST:,} tokens of {own}; --max_tokens reads fewer or more")
     method = model.config.method
     found = {"run": config.run, "step": checkpoint.get("step"), "method": method, "device": str(device),
-             "tau": model.tau if method in ADAPTIVE else None, "max_latent": model.max_latent}
+             "tau": model.tau if is_adaptive(model.config) else None, "max_latent": model.max_latent}
     title = f"{config.run}: {method}{dials(model)}"
 
     # Measure.

@@ -37,7 +37,6 @@ from configurator import mute, on_end
 from log import send
 from model import LLaMA
 from prepare import Data
-from schedule import DIVERGED
 from shard import load_whole, local, parameters_of, resume_parts, shard
 from tokenizer import describe
 
@@ -51,6 +50,7 @@ def number_from(name: str, unset: int) -> int:
 RANK = number_from("RANK", 0)  # which process this is; torchrun sets all three
 LOCAL_RANK = number_from("LOCAL_RANK", 0)  # which on its machine
 WORLD = number_from("WORLD_SIZE", 1)  # how many there are
+DIVERGED = 3  # exit code of a training whose numbers are no longer finite
 FREE = (  # --resume may change these: only max_steps, and mor's micro-batches, change more than rounding
     "out", "resume", "data", "max_steps", "micro_batch_size", "eval_every", "save_every", "keep_every",
     "log_every", "device", "compile", "checkpointing", "tensorboard", "shard")

@@ -1,6 +1,6 @@
 """What steers a training: its settings, learning rate, optimizer, and the budget of latent steps.
 
-`config` is train.py's Train; is_adaptive and unread need no more of it than a model's Config has.
+`config` is train.py's Train; is_adaptive and most_latent take a model's Config, too.
 """
 
 import math
@@ -16,7 +16,6 @@ ADAPTIVE = [name for name, method in METHODS.items() if issubclass(method, Adapt
 OF_ADAPTIVE = "explore", "exit_loss", "weigh_values"  # settings that nothing else reads, off by default
 STEERING = {"budget", "course", "lam", "beta", "tau", "router_bias"}  # likewise; configs set some of them
 ROUTED = "--method=adaptive with a max_latent of 1 or more"  # what reads both
-DIVERGED = 3  # exit code of a training whose numbers are no longer finite
 
 
 @dataclass
@@ -58,6 +57,11 @@ class Recipe(Config):
 def is_adaptive(config) -> bool:
     """Whether reach decides who takes a latent step."""
     return config.method in ADAPTIVE and config.max_latent > 0
+
+
+def most_latent(config) -> int:
+    """The latent steps that a token may take: of vanilla none, whatever its max_latent."""
+    return 0 if config.method == "vanilla" else config.max_latent
 
 
 def unread(config) -> dict[str, str]:

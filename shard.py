@@ -71,13 +71,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tree):
+def gathered(tree):
     """A state dict whose shared tensors are whole and on the CPU in process 0, and None in the others.
 
     All processes must call it: they gather one tensor after the other.
     """
     if isinstance(tree, dict):
-        return {name: whole(value) for name, value in tree.items()}
+        return {name: gathered(value) for name, value in tree.items()}
     if not isinstance(tree, DTensor):
         return tree
     tensor = tree.full_tensor()
@@ -130,8 +130,8 @@ def save_shared(path: Path, model: LLaMA, tokenizer, optimizer: torch.optim.Opti
     tensors = named_tensors(model, optimizer)
     if sum(tensor.nbytes for tensor in tensors.values()) <= WHOLE:
         if optimizer:
-            rest["optimizer"] = whole(optimizer.state_dict())
-        weights = whole(model.state_dict())
+            rest["optimizer"] = gathered(optimizer.state_dict())
+        weights = gathered(model.state_dict())
         if dist.get_rank() == 0:
             save_checkpoint(path, model, tokenizer, weights, **rest)
         return

@@ -115,17 +115,20 @@ def main() -> None:
     rows = answers(model, data, config.documents)
     shown = [[row["hops"] or "elsewhere", "" if row["accuracy"] is None else f"{row['accuracy']:.1%}",
               f"{row['steps']:.2f}"] for row in rows]
+    written = []
     try:
         if config.json:
             content = {"settings": asdict(config), **about(config.device), "rows": rows}
             write_whole(config.json, json.dumps(content, indent=1, allow_nan=False) + "\n")
+            written.append(config.json)
         if config.plot:
             figures.save(figures.steps_against_hops(rows), config.plot)
+            written.append(config.plot)
     finally:
         print(table(["hops", "accuracy", "mean latent steps"], shown))
         print(f"\n{config.documents} documents of the validation text")
-    for path in filter(None, (config.json, config.plot)):
-        print(f"written: {path}")
+        for path in written:
+            print(f"written: {path}")
 
 
 if __name__ == "__main__":

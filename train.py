@@ -43,7 +43,7 @@ from runs import (LOCAL_RANK, RANK, WORLD, Board, Progress, Stop, add_up, check_
                   clip_gradients, cut_log, distribute, ends_with_the_others, evaluate, exact, largest, lock,
                   log_state, restore, say, say_stopped, shares, signals_as_before, waiting, write_log)
 from schedule import (OF_ADAPTIVE, ROUTED, BudgetController, Recipe, budget_at, exploration, is_adaptive,
-                      learning_rate, make_optimizer, router_rate, seed_of, unread)
+                      learning_rate, make_optimizer, most_latent, router_rate, seed_of, unread)
 from shard import save_shared
 
 
@@ -236,7 +236,7 @@ def train(config: Train) -> dict:
         # Metrics, by name.
         steps = torch.cat(executed).to(exact(device))  # (share, T)
         sums["products"], sums["attention"] = forward_flops(model, steps)
-        for k in range(1, config.max_latent + 1):
+        for k in range(1, most_latent(config) + 1):
             sums[f"reached {k}"] = (steps >= k).sum()
         sums["counts"] = counts
         sums["stop"] = steps.new_tensor(stop.asked)
@@ -244,9 +244,9 @@ def train(config: Train) -> dict:
         counts = metrics.pop("counts")
         metrics["grad_norm"] = clip_gradients(model, config.grad_clip)
         check_finite(metrics, step + 1, path)
-        reached = [metrics[f"reached {k}"] / step_tokens for k in range(1, config.max_latent + 1)]
+        reached = [metrics[f"reached {k}"] / step_tokens for k in range(1, most_latent(config) + 1)]
         latent = sum(reached)
-        lost = waiting(executed, config.max_latent) if WORLD > 1 else 0.0
+        lost = waiting(executed, most_latent(config)) if WORLD > 1 else 0.0
         stopping = metrics["stop"] > 0
 
         # Step, and steer τ.
@@ -283,13 +283,12 @@ def train(config: Train) -> dict:
     if RANK == 0:
         content = {"config": asdict(config), **result, **made}
         write_whole(out / "summary.json", json.dumps(content, indent=1) + "\n")
-    most = 0 if config.method == "vanilla" else config.max_latent
     missed = ""
     if controller and abs(result["val_steps"] - config.budget) > 0.1 * config.budget:
         missed = f" (the budget of {config.budget:g} is missed)"
     say(f"\nvalidation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
         f"{result['bits_per_byte']:.4f} bits per byte\nmean latent steps {result['val_steps']:.3f} of "
-        f"{most}{missed}; {result['tokens']:,} tokens, {result['flops']:.3e} training FLOPs, "
+        f"{most_latent(config)}{missed}; {result['tokens']:,} tokens, {result['flops']:.3e} training FLOPs, "
         f"{at.seconds / 60:.1f} minutes\nnext: python sample.py {shlex.quote(str(out))} \"def \"")
     return result
 
