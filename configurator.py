@@ -236,9 +236,11 @@ def check_no_run(folder: Path, advice: str) -> None:
 
 
 def check_apart(settings, *names: str) -> None:
-    """Raises BadInput where two of these fields, each a path or a list of paths, name the same file; also
-    where a later one names a file in a folder of an earlier one: in `run`, `runs` and `data`, one that
-    train.py or prepare.py wrote. A checkpoint's folder is that of its run.
+    """Raises BadInput where two of these fields, each a path or a list of paths, name the same file.
+
+    Also where a later field names a file that belongs to an earlier one, such as --json=out/tiny/log.jsonl
+    beside --run=out/tiny: all files in its folder, or of `run`, `runs` and `data` those that train.py and
+    prepare.py write there. The folder of a checkpoint is that of its run.
     """
     taken, folders = {}, {}  # path → its field
     for name in names:

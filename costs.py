@@ -18,10 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from baselines import build
 from common import BadInput
+from fast import COMPILED_CHUNK
 from model import CHUNK, AdaptiveLatentCoT, Config, LLaMA
 from schedule import is_adaptive, most_latent
-
-COMPILED_CHUNK = 2**31  # logits at once where the loss is compiled (fast.py), which copies none in fp32
 
 
 def matrices(module: nn.Module) -> int:

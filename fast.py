@@ -10,10 +10,10 @@ from functools import cache, partial
 import torch
 
 from common import BadInput, precision, reason
-from costs import COMPILED_CHUNK
 from log import additive_mask, broken_compiler
 
 PACKED = 2**16  # elements from which on a matrix is packed for decoding on a CPU
+COMPILED_CHUNK = 2**31  # logits at once where the loss is compiled, which then copies none in fp32
 ALONE = 384  # height and width from which on a packed matrix is also faster with a single row
 
 

@@ -284,7 +284,7 @@ class LLaMA(nn.Module):
         first = int(torch.randint(2**31, ())) if seed is None else seed
         seeds = seed if isinstance(seed, list) else range(first, first + len(texts))
         dice = [torch.Generator().manual_seed(own) for own, _ in zip(seeds, texts, strict=True)]
-        rows = list(range(len(texts) * (max_new_tokens > 0)))  # the prompts behind the rows of the cache
+        rows = list(range(len(texts))) if max_new_tokens > 0 else []  # the prompts behind the cache's rows
         left = [max_new_tokens] * len(texts)
         cache = self.prefill([text[:-1] for text in texts])
         x = self.scale * self.embed(torch.tensor([text[-1] for text in texts], device=device))
