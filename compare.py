@@ -44,7 +44,9 @@ KINDS = (*METHODS, NO_THOUGHTS, ALL_STEPS)
 TRAINED = [f.name for f in fields(Recipe)]  # what train.py is told
 PARTS = {"rates": "rates rate_steps", "tokens": "seeds", "flops": "seeds", "lengths": "seeds lengths",
          "pareto": "seeds budgets ks depths"}  # the tables, and the settings that not all of them read
-READERS = dict.fromkeys(ADAPTIVE, " ".join(OF_ADAPTIVE)) | {ALL_STEPS: "exit_loss weigh_values"}
+READERS = dict.fromkeys(KINDS, "ks") | {"vanilla": "depths", "mor": "", NO_THOUGHTS: ""}  # and not all kinds
+READERS |= {ALL_STEPS: "ks exit_loss weigh_values"}
+READERS |= dict.fromkeys(ADAPTIVE, " ".join(("budgets", *OF_ADAPTIVE)))
 HEAD = "run|tokens|training FLOPs|steps, training|steps, validation|validation loss|bits per byte".split("|")
 FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": ".2f", "val_loss": ".4f",
            "bits_per_byte": ".4f"}
@@ -73,7 +75,7 @@ class Compare(Recipe):
         check_items("methods", self.methods, KINDS)
         check_items("parts", self.parts, PARTS)
         check_read(self, PARTS, self.parts, "--parts ")
-        check_read(self, READERS, [who for who in self.methods if who in READERS], "--methods ")
+        check_read(self, READERS, self.methods, "--methods ")
         tried = {"learning_rate": "a comparison without rates in --parts: these are all of --rates"}
         idle = {} if "pareto" in self.parts else unread(self)  # whose budgets are --budgets
         chosen = {*ADAPTIVE} & {*self.methods}
@@ -108,7 +110,7 @@ class Run:
     train_tokens: int
 
     def __post_init__(self) -> None:
-        """What a run does not read has one value, whatever is typed, so that no run is made twice."""
+        """What the method does not read has one value, whatever is typed, so that no run is made twice."""
         fixed = {name: getattr(Recipe, name) for name in unread(self) if name in vars(self)}
         beta = self.beta if self.lam else Recipe.beta
         vars(self).update({"beta": beta, "max_latent": most_latent(self)} | fixed)

@@ -31,7 +31,7 @@ CHUNK = 2**27  # most logits kept beside a loss, or made at once for it: half a 
 
 @dataclass
 class Config:
-    """The shape of a model. Raises ValueError for a value out of its range; `build` for all else."""
+    """The shape of a model. Raises ValueError for a value out of its range, or heads that do not fit."""
 
     method: str = "adaptive"  # vanilla, adaptive, loop, pause, ponder, ponder2 or mor
     vocab_size: int = 257  # V: rows of the embedding and of the head
