@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from common import BadInput, autocast, check_no_run, check_tensor, load_checkpoint, precision, reason
+from common import BadInput, autocast, check_no_run, check_tensor, precision, reason
 from configurator import mute, on_end
 from log import send
 from model import LLaMA
@@ -449,12 +449,12 @@ def check_resumed(config, checkpoint: dict, data: Data, optimizer: torch.optim.O
     check_moments(f"{path}: optimizer", checkpoint["optimizer"], optimizer)
 
 
-def restore(config, data: Data, model: LLaMA, optimizer: torch.optim.Optimizer) -> dict:
-    """Puts the checkpoint of config.out into model and optimizer, shared out or not, and returns the rest of
-    it. Raises BadInput where it cannot be resumed.
+def restore(last: tuple, config, data: Data, model: LLaMA, optimizer: torch.optim.Optimizer) -> dict:
+    """Puts what load_checkpoint read of config.out into model and optimizer, shared out or not, and returns
+    the rest of it. Raises BadInput where it cannot be resumed.
     """
     path = Path(config.out) / "ckpt.pt"
-    saved, _, checkpoint = load_checkpoint(path, parts=False)
+    saved, _, checkpoint = last
     check_resumed(config, checkpoint, data, optimizer)
     if saved is None:
         resume_parts(path.with_name(checkpoint["parts"]), model, optimizer, begun=checkpoint["step"] > 0)

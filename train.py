@@ -99,8 +99,9 @@ def train(config: Train) -> dict:
 
     # The model and what trains it: new, or as its last checkpoint has it.
     torch.manual_seed(config.seed)
-    if config.resume and config.init_from:  # the shape is that of its source, which the checkpoint knows
-        config = take_shape(config, Config(**load_checkpoint(path, parts=False)[2]["config"]))
+    last = load_checkpoint(path, parts=False) if config.resume else None  # model, tokenizer, all else
+    if last and config.init_from:  # the shape is that of its source, which the checkpoint knows
+        config = take_shape(config, Config(**last[2]["config"]))
     model = build(config.model_config(config.vocab_size or data.tokenizer.n_vocab))
     if source:
         say(f"starts from {config.init_from}: {take_weights(model, source, config.budget is not None)}")
@@ -108,8 +109,8 @@ def train(config: Train) -> dict:
     optimizer = make_optimizer(model, config)
     at = Progress()
     controller = None if config.budget is None else BudgetController()
-    if config.resume:
-        checkpoint = restore(config, data, model, optimizer)
+    if last:
+        checkpoint = restore(last, config, data, model, optimizer)
         say_unused(asked, config)
         at = Progress(**{name: checkpoint[name] for name in asdict(at)})
         if controller:
@@ -123,7 +124,7 @@ def train(config: Train) -> dict:
         new = learning_rate(config, at.step)
         if old != new:
             say(f"max_steps is another, so the learning rate jumps from {old:.2e} to {new:.2e}")
-    del source
+    del source, last
     model.checkpointing = config.checkpointing
     if compiled:
         compile_training(model)
