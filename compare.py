@@ -44,9 +44,9 @@ KINDS = (*METHODS, NO_THOUGHTS, ALL_STEPS)
 TRAINED = [f.name for f in fields(Recipe)]  # what train.py is told
 PARTS = {"rates": "rates rate_steps", "tokens": "seeds", "flops": "seeds", "lengths": "seeds lengths",
          "pareto": "seeds budgets ks depths"}  # the tables, and the settings that not all of them read
-READERS = dict.fromkeys(KINDS, "ks") | {"vanilla": "depths", "mor": "", NO_THOUGHTS: ""}  # and not all kinds
+READERS = dict.fromkeys(KINDS, "ks") | {"vanilla": "depths", "mor": "", NO_THOUGHTS: ""}
 READERS |= {ALL_STEPS: "ks exit_loss weigh_values"}
-READERS |= dict.fromkeys(ADAPTIVE, " ".join(("budgets", *OF_ADAPTIVE)))
+READERS |= dict.fromkeys(ADAPTIVE, " ".join(("budgets", *OF_ADAPTIVE)))  # of the kinds, likewise
 HEAD = "run|tokens|training FLOPs|steps, training|steps, validation|validation loss|bits per byte".split("|")
 FORMATS = {"tokens": ",.0f", "flops": ".3e", "train_steps": ".2f", "val_steps": ".2f", "val_loss": ".4f",
            "bits_per_byte": ".4f"}

@@ -145,6 +145,7 @@ def train(config: Train) -> dict:
     if config.shard and WORLD == 1:
         say("--shard changes nothing here: there is one process, which holds all (see torchrun)")
     save = save_shared if sharded else save_checkpoint
+    most = most_latent(config)
     stop = Stop()
     stopping = False
     shown = ""  # of the last step
@@ -237,7 +238,7 @@ def train(config: Train) -> dict:
         # Metrics, by name.
         steps = torch.cat(executed).to(exact(device))  # (share, T)
         sums["products"], sums["attention"] = forward_flops(model, steps)
-        for k in range(1, most_latent(config) + 1):
+        for k in range(1, most + 1):
             sums[f"reached {k}"] = (steps >= k).sum()
         sums["counts"] = counts
         sums["stop"] = steps.new_tensor(stop.asked)
@@ -245,9 +246,9 @@ def train(config: Train) -> dict:
         counts = metrics.pop("counts")
         metrics["grad_norm"] = clip_gradients(model, config.grad_clip)
         check_finite(metrics, step + 1, path)
-        reached = [metrics[f"reached {k}"] / step_tokens for k in range(1, most_latent(config) + 1)]
+        reached = [metrics[f"reached {k}"] / step_tokens for k in range(1, most + 1)]
         latent = sum(reached)
-        lost = waiting(executed, most_latent(config)) if WORLD > 1 else 0.0
+        lost = waiting(executed, most) if WORLD > 1 else 0.0
         stopping = metrics["stop"] > 0
 
         # Step, and steer τ.
@@ -289,7 +290,7 @@ def train(config: Train) -> dict:
         missed = f" (the budget of {config.budget:g} is missed)"
     say(f"\nvalidation loss {result['val_loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
         f"{result['bits_per_byte']:.4f} bits per byte\nmean latent steps {result['val_steps']:.3f} of "
-        f"{most_latent(config)}{missed}; {result['tokens']:,} tokens, {result['flops']:.3e} training FLOPs, "
+        f"{most}{missed}; {result['tokens']:,} tokens, {result['flops']:.3e} training FLOPs, "
         f"{at.seconds / 60:.1f} minutes\nnext: python sample.py {shlex.quote(str(out))} \"def \"")
     return result
 
